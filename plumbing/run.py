@@ -1,0 +1,335 @@
+"""The plumbing that the training loops share and that a reader need never open.
+
+Command line from a dataclass, torchrun, checkpoints, the log line, the EMA update, preview grids.
+Nothing here owns a loop: each stage's `train()` stays flat and calls these functions by name.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+def parse(Config, presets, doc, argv=None, preset="paper", **paths):
+    """Make the command line of a stage from the fields of its Config.
+
+    paths: further options, name -> (default, help). Returns (config, namespace of the paths and of
+    the preset's name). A tuple is given with commas: `--widths 48,96`.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(presets), default=preset,
+                        help=f"a named set of all that follows (default {preset})")
+    for name, (default, text) in paths.items():
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text)
+    for field in dataclasses.fields(Config):
+        flag, value = "--" + field.name.replace("_", "-"), getattr(presets[preset], field.name)
+        text = ", ".join(f"{key} {getattr(one, field.name)}" for key, one in presets.items())
+        if isinstance(value, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text,
+                                default=argparse.SUPPRESS)
+        elif isinstance(value, tuple):
+            parser.add_argument(flag, type=tuple_of(type(value[0])), help=text, metavar="A,B,…",
+                                default=argparse.SUPPRESS)
+        else:
+            parser.add_argument(flag, type=type(value), help=text, metavar=type(value).__name__,
+                                default=argparse.SUPPRESS)
+    given = vars(parser.parse_args(argv))
+    fields = {field.name for field in dataclasses.fields(Config)}
+    changed = {name: value for name, value in given.items() if name in fields}
+    others = {name: value for name, value in given.items() if name not in fields}
+    return dataclasses.replace(presets[others["preset"]], **changed), argparse.Namespace(**others)
+
+
+def tuple_of(kind):
+    """An argparse type that reads "48,96" as a tuple of `kind`."""
+    def read(text):
+        return tuple(kind(part) for part in text.split(","))
+    read.__name__ = f"tuple of {kind.__name__}"
+    return read
+
+
+def required(path, what, how):
+    """Return `path` as a Path, or stop with one sentence: what is missing and how it is made."""
+    if not Path(path).is_file():
+        sys.exit(f"{path}: {what} is needed here and was not found; {how}")
+    return Path(path)
+
+
+# ---- torchrun ------------------------------------------------------------------------------------
+
+def setup(seed):
+    """Return (device, rank, world) and seed torch; several processes if started by `torchrun`."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")            # TF32 for what autocast leaves in fp32
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(seed)                                   # the same initial weights everywhere
+    return device, rank, world
+
+
+def average_gradients(parameters, world):
+    """Average the gradients over all processes, once per optimizer step.
+
+    departs from the habit of wrapping in DistributedDataParallel: one visible call after the last
+    micro-batch serves any forward path (Stage B trains two modules, Stage A calls three methods).
+    """
+    if world == 1:
+        return
+    for parameter in parameters:
+        if parameter.requires_grad:
+            if parameter.grad is None:                        # every process must join every call
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+def save_checkpoint(path, state):
+    """Write `state` beside `path`, force it to disk, then rename: a kill leaves the old or the new."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    folder = os.open(path.parent, os.O_RDONLY)                # the rename itself must survive, too
+    os.fsync(folder)
+    os.close(folder)
+
+
+def load_checkpoint(path, stage=None):
+    """Read a checkpoint to the CPU (never unpickling code); one sentence if it is not what it should be.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint of stage {stage}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    found = state.get("stage") if isinstance(state, dict) else type(state).__name__
+    if stage is not None and found != stage:
+        raise ValueError(f"{path}: found a checkpoint of {found!r}, expected one of stage {stage!r}")
+    return state
+
+
+def random_state(device):
+    """The state of torch's random numbers, for a checkpoint."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def resume(path, stage, config, device, rank, free=("steps", "workers", "compile")):
+    """Load the checkpoint that `--out` holds, or None. Restores the random numbers.
+
+    The config must be the one of the run, but for the fields in `free` and those that are about
+    logging: a run that goes on with other numbers would be two runs under one name.
+    """
+    if not Path(path).is_file():
+        return None
+    state = load_checkpoint(path, stage)
+    free = set(free) | {"log_every", "preview_every", "save_every", "latent_mean", "latent_std"}
+    now, then = dataclasses.asdict(config), state["config"]
+    differ = [f"--{name.replace('_', '-')} is {now[name]}, was {then.get(name)}"
+              for name in now if name not in free and now[name] != then.get(name)]
+    if differ:
+        sys.exit(f"{path}: this run was started with another configuration ({'; '.join(differ)}); "
+                 "give the old values to go on with it, or another --out to start anew")
+    if "cuda" in state["random"] and device.type == "cuda":
+        torch.cuda.set_rng_state(state["random"]["cuda"], device)
+    torch.set_rng_state(state["random"]["cpu"])
+    if rank:                                                  # rank 0 wrote it: draw other noise here
+        torch.manual_seed(config.seed + 1000 * state["step"] + rank)
+    if rank == 0:
+        print(f"going on from {path} at step {state['step']}", flush=True)
+    return state
+
+
+def checksum(tensors):
+    """sha256 over the bytes of a dict of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- inside the loop -----------------------------------------------------------------------------
+
+def learning_rate(step, config):
+    """Linear warm-up to config.lr over config.warmup steps, constant afterwards."""
+    return config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
+
+
+@torch.no_grad()
+def ema_update(ema, model, step, limit):
+    """Move the average towards the model: decay min(limit, (1 + n) / (10 + n)) at step n.
+
+    Averages parameters. Buffers (BatchNorm statistics) are copied: they are averages already.
+    """
+    decay = min(limit, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for mine, its in zip(ema.buffers(), model.buffers()):
+        mine.copy_(its)
+
+
+class NanGuard:
+    """Counts steps whose gradient is not finite; ten in a row stop the run with a sentence."""
+
+    def __init__(self, limit=10):
+        self.limit, self.in_a_row, self.skipped = limit, 0, 0
+
+    def is_bad(self, grad_norm, step):
+        if torch.isfinite(grad_norm):
+            self.in_a_row = 0
+            return False
+        self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
+        if self.in_a_row >= self.limit:
+            sys.exit(f"step {step}: the gradient was not finite {self.limit} times in a row; the last "
+                     "checkpoint is untouched. Try a lower --lr, a longer --warmup or a smaller --grad-clip")
+        return True
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM ask the loop to stop after this step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def by_level(record, edges=(0.25, 0.5, 0.75, 1.0)):
+    """Mean squared error by noise level from [(t, error), …]: t up to .25, up to .5, up to .75, up to 1."""
+    t, error = (torch.cat(column).float().cpu() for column in zip(*record))
+    means, low = [], -1.0
+    for high in edges:
+        inside = (t > low) & (t <= high)
+        means.append(error[inside].mean().item() if inside.any() else float("nan"))
+        low = high
+    return means
+
+
+class Log:
+    """A tqdm bar with loss, images/s and ETA, and one JSON line in out/log.jsonl per `log_every` steps."""
+
+    def __init__(self, out, steps, start, rank):
+        self.path, self.rank = Path(out) / "log.jsonl", rank
+        self.images, self.clock = 0, time.perf_counter()
+        self.bar = tqdm(total=steps, initial=start, disable=rank != 0, unit="step", smoothing=0.05,
+                        mininterval=1.0 if sys.stderr.isatty() else 15.0)
+        if rank == 0 and self.path.exists():                  # lines after the checkpoint: run again
+            lines = [line for line in self.path.read_text().splitlines(keepends=True)
+                     if line.endswith("\n") and json.loads(line)["step"] <= start]
+            self.path.write_text("".join(lines))
+
+    def step(self, images):
+        self.images += images
+        self.bar.update()
+
+    def write(self, step, levels=None, **numbers):
+        """Print the fixed line and append it to log.jsonl. numbers: name -> float."""
+        seconds = time.perf_counter() - self.clock
+        numbers["images_per_s"] = self.images / max(seconds, 1e-9)
+        self.images, self.clock = 0, time.perf_counter()
+        if self.rank:
+            return
+        loss, rate = numbers["loss"], numbers["images_per_s"]
+        bins = ""
+        if levels is not None:
+            numbers["mse_by_t"] = levels
+            bins = "  [t<" + " | ".join(f"{edge} {value:.3f}" for edge, value in
+                                        zip((".25", ".5", ".75", "1"), levels)) + "]"
+        rest = "".join(f"  {name} {value:.3g}" for name, value in numbers.items()
+                       if name not in ("loss", "images_per_s", "mse_by_t"))
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s", refresh=False)
+        tqdm.write(f"step {step}  loss {loss:.4f}{bins}{rest}  {rate:.0f} img/s")
+        sys.stdout.flush()
+        with open(self.path, "a") as file:                    # NaN is not JSON: an empty bin is null
+            file.write(json.dumps({"step": step, **numbers}).replace("NaN", "null") + "\n")
+
+    def pause(self):
+        """Call after a preview or a checkpoint: their time is not the step's."""
+        self.clock, self.images = time.perf_counter(), 0
+
+    def finish(self, out, stopped):
+        self.bar.close()
+        if self.rank == 0:
+            print(f"stopped on request, saved in {out}; the same command goes on from there" if stopped
+                  else f"finished; checkpoint, log and previews are in {out}", flush=True)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+def to_pil(image):
+    """(3, H, W) float in [0, 1] -> PIL image; anything outside is clamped."""
+    array = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(array.permute(1, 2, 0).numpy())
+
+
+def grid(images, columns, captions=None, scale=1):
+    """Put pictures (3, H, W) on a sheet, row by row; a caption stands below its picture."""
+    images = [to_pil(image) for image in images]
+    width, height = (side * scale for side in images[0].size)
+    font, line = ImageFont.load_default(11), 13
+    texts = [wrap(text, width, font) for text in captions or [""] * len(images)]
+    below = line * max(text.count("\n") + 1 for text in texts) + 3 if captions else 0
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + below + 4) + 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (image, text) in enumerate(zip(images, texts)):
+        x, y = 4 + index % columns * (width + 4), 4 + index // columns * (height + below + 4)
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        pen.rectangle((x - 1, y - 1, x + width, y + height), outline=(200, 200, 200))
+        if captions:
+            pen.multiline_text((x, y + height + 1), text, fill="black", font=font, spacing=1)
+    return sheet
+
+
+def wrap(text, width, font):
+    """Break a caption into lines that fit under a picture `width` pixels wide."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        fits = not lines[-1] or font.getlength(longer) <= width
+        lines = lines[:-1] + [longer] if fits else lines + [word]
+    return "\n".join(lines)
+
+
+def latent_picture(latents, channels=3):
+    """(B, C, h, w) latents -> (B, 3, 8h, 8w) in [0, 1]: three channels, ±3 standard deviations."""
+    three = latents[:, :channels].float().cpu() / 6 + 0.5
+    return three.repeat_interleave(8, -1).repeat_interleave(8, -2).clamp(0, 1)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1], averaged over the batch."""
+    error = (a.float().clamp(0, 1) - b.float().clamp(0, 1)).square().mean((1, 2, 3)).clamp_min(1e-10)
+    return (-10 * error.log10()).mean().item()

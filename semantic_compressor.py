@@ -1,0 +1,141 @@
+"""The Semantic Compressor: an image becomes a grid 42.67 times smaller on each side.
+
+It defines the space in which Stage C draws (Würstchen, §3.1 and E.2). It is trained jointly with
+Stage B, which learns to draw an image from this grid; afterwards it is frozen and is Stage C's
+target; at sampling time it is gone, because Stage C has taken its place.
+
+    image (B, 3, H, W)  --3/4, bicubic-->  (B, 3, 3H/4, 3W/4)  --EfficientNetV2, stride 32-->
+    (B, 1280, 3H/128, 3W/128)  --1x1 convolution, BatchNorm-->  (B, 16, 3H/128, 3W/128)
+
+    1024 px -> 768 px -> 24x24;   512 px -> 384 px -> 12x12;   pocket: 128 px -> 96 px -> 3x3
+
+§3.1 says 786 px for the input: a misprint for 768, as E.2 and E.3 have it (786 would give 25x25).
+
+Raw and standardised: the network's output is raw; standardised = (raw - mean) / std has mean 0 and
+standard deviation 1 and is what Stage C draws. The released weights need (mean, std) = (-1, 42).
+
+Letters: B batch, H W height and width of the image given to Stage A.
+Attribute names (`backbone`, `mapper`) are those of the published weights (dome272/Wuerstchen).
+There is no training loop here: `python stage_b.py` trains this network together with Stage B.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---- Config --------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    backbone: str = "efficientnet_v2_s"   # paper, §3.4; "narrow" is the pocket one
+    imagenet: bool = True                 # paper, §3.1: initialised from ImageNet when training starts
+    latent_channels: int = 16             # paper, §3.1
+    # departs: no scale and shift in the last BatchNorm. The compressor is trained jointly with a
+    # Stage B that sees noise of fixed size on its latents; with them it could grow its latents until
+    # that noise is nothing, and Stage C would inherit a space that means nothing. (Released: True.)
+    affine: bool = False
+    # the scale of the latents: standardised = (raw - mean) / std. Measured when a checkpoint is written
+    latent_mean: float = 0.0
+    latent_std: float = 1.0
+
+
+PRESETS = {
+    "paper": Config(),
+    "released": Config(affine=True, latent_mean=-1.0, latent_std=42.0),   # official code, (z + 1) / 42
+    "pocket": Config(backbone="narrow", imagenet=False),                  # ours: 1.6 M parameters
+}
+
+
+# ---- model ---------------------------------------------------------------------------------------
+
+def efficientnet_features(name):
+    """The convolutional part of an EfficientNetV2, stride 32, and its number of output channels."""
+    from torchvision.models import efficientnet as tv
+    if name == "efficientnet_v2_s":
+        return tv.efficientnet_v2_s(weights=None).features, 1280
+    if name != "narrow":
+        raise ValueError(f"backbone {name!r}: expected efficientnet_v2_s or narrow")
+    # expand ratio, kernel, stride, channels in, channels out, layers: the S network, narrower
+    settings = [
+        tv.FusedMBConvConfig(1, 3, 1, 16, 16, 1), tv.FusedMBConvConfig(4, 3, 2, 16, 24, 1),
+        tv.FusedMBConvConfig(4, 3, 2, 24, 48, 1), tv.MBConvConfig(4, 3, 2, 48, 96, 2),
+        tv.MBConvConfig(4, 3, 1, 96, 96, 2), tv.MBConvConfig(6, 3, 2, 96, 128, 3)]
+    # no stochastic depth: it is a regulariser, and the drawings never run out
+    net = tv.EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.0, last_channel=512,
+                          norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
+    return net.features, 512
+
+
+class SemanticCompressor(nn.Module):
+    """(B, 3, 3H/4, 3W/4) in [0, 1] -> raw latents (B, 16, 3H/128, 3W/128)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.backbone, channels = efficientnet_features(config.backbone)
+        self.mapper = nn.Sequential(
+            nn.Conv2d(channels, config.latent_channels, 1, bias=False),
+            nn.BatchNorm2d(config.latent_channels, affine=config.affine))
+
+    def forward(self, images):
+        """Images already at the compressor's size (see `resize`), in [0, 1]. ImageNet mean and std: E.2."""
+        if images.shape[-2] % 32 or images.shape[-1] % 32:
+            raise ValueError(f"the Semantic Compressor found an image of {images.shape[-2]}x"
+                             f"{images.shape[-1]}, expected multiples of 32 (3/4 of multiples of 128)")
+        mean = images.new_tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+        std = images.new_tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+        return self.mapper(self.backbone((images - mean) / std))          # (B, 16, h, w)
+
+    def standardise(self, latents):
+        """Raw latents -> mean 0, standard deviation 1: what Stage C draws."""
+        return (latents - self.config.latent_mean) / self.config.latent_std
+
+    def unstandardise(self, latents):
+        return latents * self.config.latent_std + self.config.latent_mean
+
+
+def resize(images):
+    """(B, 3, H, W) at Stage A's size -> (B, 3, 3H/4, 3W/4), bicubic (§3.1) with antialiasing.
+
+    H and W must be multiples of 128, so that both grids are whole; ValueError otherwise.
+    """
+    H, W = images.shape[-2:]
+    if H % 128 or W % 128:
+        raise ValueError(f"found an image of {H}x{W}, expected height and width to be multiples of 128")
+    return F.interpolate(images, (H * 3 // 4, W * 3 // 4), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def imagenet_weights(model):
+    """Fill the backbone with torchvision's ImageNet weights (§3.1; a download). Training calls this."""
+    from torchvision.models import EfficientNet_V2_S_Weights
+    try:
+        state = EfficientNet_V2_S_Weights.DEFAULT.get_state_dict(progress=True)
+    except OSError as error:                                              # URLError is an OSError
+        sys.exit(f"the ImageNet weights of EfficientNetV2-S could not be downloaded ({error}); go online "
+                 "once, or put efficientnet_v2_s-dd5fe13b.pth into ~/.cache/torch/hub/checkpoints/")
+    prefix = "features."
+    model.backbone.load_state_dict(
+        {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)})
+
+
+@torch.no_grad()
+def latent_scale(model, images):
+    """(mean, std) of the raw latents of `images` (at the compressor's size) in eval mode."""
+    training = model.training
+    latents = torch.cat([model.eval()(part) for part in images.split(32)]).float()
+    model.train(training)
+    return latents.mean().item(), latents.std().item()
+
+
+def load(path, device="cpu"):
+    """Rebuild the trained compressor from the Stage B checkpoint that holds it, in eval mode."""
+    from plumbing import run
+    state = run.load_checkpoint(path, "B")
+    model = SemanticCompressor(Config(**state["compressor_config"]))
+    model.load_state_dict(state["compressor_ema"])
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,600 @@
+"""Stage B: a latent diffusion U-Net that draws Stage A's latent from the compressor's tiny one.
+
+It is a decoder that invents detail: given the Semantic Compressor's 16x24x24 grid (at sampling time
+Stage C's) and the text, it draws the 4x256x256 latent that Stage A decodes to 1024x1024 pixels
+(Würstchen, §3.1 and Appendix E.2). The compressor is trained here, jointly: its grid becomes
+whatever helps Stage B most.
+
+    x_t = sqrt(alpha_bar(t)) x_0 + sqrt(1 - alpha_bar(t)) eps        forward process
+    eps_hat = f(x_t, t, sem, text)                                   §3.1
+    loss = |eps - eps_hat|^2                                         LDM training, §3.1
+
+    x_t (B, 4, H, W) --unshuffle--> (B, c0, H/2, W/2) --4 levels down, 4 levels up--> eps_hat (B, 4, H, W)
+    sem (B, 16, h, w) concatenated in every block of the levels with attention, and attended to
+    text (B, L, E)    attended to
+
+Letters: B batch, C c channels, H W Stage A's grid (256x256 for a 1024-px image), h w the
+compressor's grid (24x24), L text tokens, E width of the text encoder, t noise level in [0, 1].
+Architecture and attribute names follow the published v2 decoder (dome272/Wuerstchen, modules.py,
+DiffNeXt). Its training was never published; the training here follows the paper.
+
+    python stage_b.py --data shards/                         paper size, one A100
+    python stage_b.py --data shards/shapes --preset pocket   two CPU cores, minutes
+
+A healthy pocket run prints: error falling at every noise level, the last number (t near 1) first:
+below .1 within 100 steps. Colours are right in the preview long before outlines are.
+"""
+
+import copy
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---- Config --------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    # architecture
+    latent_channels: int = 4           # paper, E.1: Stage A's
+    sem_channels: int = 16             # paper, E.2: the compressor's
+    widths: tuple = (320, 640, 1280, 1280)   # paper, E.2
+    heads: tuple = (0, 10, 20, 20)     # paper, E.2; 0: a level without attention and without sem
+    blocks: tuple = (4, 4, 14, 4)      # paper, E.2
+    patch_size: int = 2                # official code
+    text_width: int = 1024             # paper, E.2: CLIP-H
+    cond_width: int = 1024             # official code: width that text and sem are mapped to
+    timestep_width: int = 64           # official code
+    dropout: float = 0.1               # official code
+    attend_to_sem: bool = True         # paper, §3.1, E.2 (released: False, concatenation alone)
+    condition: str = "standardised"    # ours: scale of sem (released: "raw")
+    # conditions while training: shares of all samples; noise for a share of the rest
+    drop_both: float = 0.05            # ours: §3.1 gives no numbers
+    drop_text: float = 0.05            # ours: as Stage C's, §3.2
+    drop_sem: float = 0.05             # official code (v1), there for whole batches
+    noise_sem: float = 0.3             # official code (v1), there for whole batches
+    noise_sem_t: float = 0.5           # official code (v1): t ~ U(0, 0.5)
+    # data
+    text_encoder: str = "clip-h"       # paper, §4
+    compressor: str = "paper"          # which of semantic_compressor.PRESETS is trained along
+    image_size: int = 512              # paper, E.2, first phase
+    remember: bool = False             # encode each image and caption once and keep them in memory
+    # training
+    steps: int = 457_000               # paper, E.2, first phase
+    batch_size: int = 512              # paper, E.2
+    accumulate: int = 1
+    lr: float = 1e-4                   # paper, E.2
+    warmup: int = 10_000               # paper, E.2
+    grad_clip: float = 1.0             # official code
+    ema: float = 0.999                 # ours: the released code trains B without
+    seed: int = 0
+    workers: int = 8
+    compile: bool = False
+    log_every: int = 100
+    preview_every: int = 5000
+    save_every: int = 1000
+
+
+PRESETS = {
+    "paper": Config(),
+    "released": Config(attend_to_sem=False, condition="raw", compressor="released"),   # official v2
+    "pocket": Config(                  # ours: the same class at a size for two CPU cores
+        widths=(32, 96, 128), heads=(0, 3, 4), blocks=(2, 3, 3), text_width=128, cond_width=64,
+        dropout=0.0, text_encoder="pocket", compressor="pocket", image_size=128, remember=True,
+        steps=1500, batch_size=32, lr=1e-3, warmup=100, workers=1, log_every=20, preview_every=250,
+        save_every=100),
+}
+
+
+# ---- schedule: verbatim in stage_b.py and stage_c.py ---------------------------------------------
+
+def alpha_bar(t):
+    """Signal power left at noise level t: the cosine schedule (Nichol & Dhariwal, 2021), §3.2.
+
+    t: float tensor in [0, 1] of any shape. Clamped to [1e-4, 0.9999] (official code), so that
+    neither pure signal nor pure noise is ever divided by.
+    """
+    s = 0.008                                                             # official code
+    ratio = torch.cos((t + s) / (1 + s) * math.pi / 2) / math.cos(s / (1 + s) * math.pi / 2)
+    return ratio.square().clamp(1e-4, 0.9999)
+
+
+def draw_t(n, device="cpu"):
+    """Draw n continuous noise levels (§3.2) as the official code does: (B,) float32 in [0.001, 1].
+
+    1.08 stretches U(0, 1) past the end and the clamp folds the surplus back: 7.5 % of all samples
+    are at exactly t = 1, where sampling starts and all of the picture is still to be decided.
+    0.001 keeps t away from 0, where there is no noise to predict.
+    """
+    return ((1 - torch.rand(n, device=device)) * 1.08 + 0.001).clamp(0.001, 1.0)
+
+
+def diffuse(x_0, t, noise):
+    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (§3.2). t: (B,)."""
+    a = alpha_bar(t).view(-1, 1, 1, 1)
+    return a.sqrt() * x_0 + (1 - a).sqrt() * noise
+
+
+def randn(shape, generator=None, device="cpu"):
+    """Standard normal noise. A list of generators gives each sample its own, whatever the batch."""
+    if isinstance(generator, (list, tuple)):
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in generator]).to(device)
+    return torch.randn(shape, generator=generator, device=device)
+
+
+# ---- blocks: verbatim in stage_b.py and stage_c.py -----------------------------------------------
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, h, w), without learned scale and shift (official code)."""
+
+    def __init__(self, c):
+        super().__init__(c, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Channels compete by their energy over the whole grid (ConvNeXt V2, Woo et al., 2023).
+
+    (B, h, w, C), channels last. The identity at init.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, c))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, c))
+
+    def forward(self, x):
+        energy = x.norm(p=2, dim=(1, 2), keepdim=True)                    # (B, 1, 1, C)
+        share = energy / (energy.mean(-1, keepdim=True) + 1e-6)
+        return self.gamma * (x * share) + self.beta + x
+
+
+class TimestepBlock(nn.Module):
+    """Scale and shift every channel by the noise level. The identity at init."""
+
+    def __init__(self, c, c_timestep):
+        super().__init__()
+        self.mapper = nn.Linear(c_timestep, 2 * c)
+
+    def forward(self, x, t_embedding):
+        scale, shift = self.mapper(t_embedding)[:, :, None, None].chunk(2, dim=1)
+        return x * (1 + scale) + shift
+
+
+def timestep_embedding(t, width):
+    """(B,) in [0, 1] -> (B, width): sines and cosines of 10,000 t at frequencies 1 … 1e-4. In float32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=t.device))
+    angles = t.float()[:, None] * 10_000 * frequencies                    # (B, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries (B, N, C) over keys and values (B, M, C)."""
+
+    def __init__(self, c, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])                    # published name: to_out.0
+
+    def forward(self, q, kv):
+        q, k, v = (layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, heads, ·, c)
+                   for layer, tokens in ((self.to_q, q), (self.to_k, kv), (self.to_v, kv)))
+        # dropout on the attention weights, as in the official code (diffusers drops the output)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.to_out[0](y.transpose(1, 2).flatten(2))               # (B, N, C)
+
+
+# ---- blocks: Stage B alone -----------------------------------------------------------------------
+
+class ResBlock(nn.Module):
+    """ConvNeXt block with GlobalResponseNorm. Unlike Stage C's it takes a skip input.
+
+    The skip (U-Net features and/or compressor latents) is concatenated after the norm, before the
+    channelwise part (E.2), so it is not normalised.
+    """
+
+    def __init__(self, c, c_skip, dropout):
+        super().__init__()
+        self.depthwise = nn.Conv2d(c, c, 3, padding=1, groups=c)
+        self.norm = LayerNorm2d(c)
+        self.channelwise = nn.Sequential(
+            nn.Linear(c + c_skip, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c), nn.Dropout(dropout),
+            nn.Linear(4 * c, c))
+
+    def forward(self, x, skip=None):                                      # (B, c, h, w), (B, c_skip, h, w)
+        y = self.norm(self.depthwise(x))
+        y = y if skip is None else torch.cat([y, skip], dim=1)            # (B, c + c_skip, h, w)
+        return x + self.channelwise(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class AttnBlock(nn.Module):
+    """Each position attends to all positions of its level, the text and the compressor's latents.
+
+    One joint attention (official code). Unlike Stage C's, the flattened compressor latents are
+    projected "to the same dimension in each block" and concatenated to the keys (§3.1); the
+    released model has no such projection (sem_channels = 0 here).
+    """
+
+    def __init__(self, c, heads, cond_width, sem_channels, dropout):
+        super().__init__()
+        self.norm = LayerNorm2d(c)
+        self.attention = Attention(c, heads, dropout)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, c))
+        self.sem_mapper = nn.Linear(sem_channels, c) if sem_channels else None
+
+    def forward(self, x, text, sem):                    # (B, c, H, W), (B, L, cond), (B, h*w, 16)
+        q = self.norm(x).flatten(2).transpose(1, 2)                       # (B, H*W, c)
+        kv = [q, self.kv_mapper(text)]
+        if self.sem_mapper is not None:
+            kv.append(self.sem_mapper(sem))
+        y = self.attention(q, torch.cat(kv, dim=1))                       # keys: (B, H*W + L + h*w, c)
+        return x + y.transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+# ---- model ---------------------------------------------------------------------------------------
+
+class StageB(nn.Module):
+    """The decoder: x_t (B, 4, H, W), t (B,), sem (B, 16, h, w), text (B, L, E) -> eps_hat (B, 4, H, W).
+
+    H and W must be multiples of patch_size * 2^(levels - 1): 16 at paper size.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        widths, heads, blocks = config.widths, config.heads, config.blocks
+        levels, patch = len(widths), config.patch_size ** 2
+        cond, sem = config.cond_width, config.sem_channels
+
+        self.clip_mapper = nn.Linear(config.text_width, cond)             # text of CLIP -> tokens
+        self.seq_norm = nn.LayerNorm(cond, elementwise_affine=False, eps=1e-6)
+        # compressor ("effnet") latents -> cond_width: one map per level on the way down, then up
+        self.effnet_mappers = nn.ModuleList([
+            nn.Conv2d(sem, cond, 1) if heads[i] else None
+            for i in [*range(levels), *reversed(range(levels))]])
+        self.embedding = nn.Sequential(
+            nn.PixelUnshuffle(config.patch_size),
+            nn.Conv2d(config.latent_channels * patch, widths[0], 1),
+            LayerNorm2d(widths[0]))
+
+        def stage(i, first_skip):
+            """The (ResBlock, TimestepBlock[, AttnBlock]) x blocks[i] of level i, as one flat list."""
+            c, layers = widths[i], []
+            for j in range(blocks[i]):
+                skip = (cond if heads[i] else 0) + (first_skip if j == 0 else 0)
+                layers += [ResBlock(c, skip, config.dropout), TimestepBlock(c, config.timestep_width)]
+                if heads[i]:
+                    layers.append(AttnBlock(c, heads[i], cond, sem if config.attend_to_sem else 0,
+                                            config.dropout))
+            return layers
+
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        for i in range(levels):
+            down = [] if i == 0 else [nn.Sequential(
+                LayerNorm2d(widths[i - 1]), nn.Conv2d(widths[i - 1], widths[i], 2, stride=2))]
+            self.down_blocks.append(nn.ModuleList(down + stage(i, 0)))
+        for i in reversed(range(levels)):
+            up = [] if i == 0 else [nn.Sequential(
+                LayerNorm2d(widths[i]), nn.ConvTranspose2d(widths[i], widths[i - 1], 2, stride=2))]
+            # the U-Net skip enters the first block of each level but the deepest
+            self.up_blocks.append(nn.ModuleList(stage(i, widths[i] if i < levels - 1 else 0) + up))
+        self.clf = nn.Sequential(                                         # the output head
+            LayerNorm2d(widths[0]),
+            nn.Conv2d(widths[0], 2 * config.latent_channels * patch, 1),
+            nn.PixelShuffle(config.patch_size))
+        self.init_weights()
+
+    def init_weights(self):
+        """The official code's initialisation (the paper gives none)."""
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        for block in self.modules():
+            if isinstance(block, ResBlock):        # sum(blocks) residuals add up to the variance of one
+                block.channelwise[-1].weight.data *= (1 / sum(self.config.blocks)) ** 0.5
+            if isinstance(block, TimestepBlock):
+                nn.init.zeros_(block.mapper.weight)
+            if isinstance(block, AttnBlock):       # q, k, v were one (3c, c) matrix there: sqrt(6 / 4c)
+                for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
+                    nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
+        for layer in (self.clip_mapper, *self.effnet_mappers):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=0.02)
+        nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
+        nn.init.zeros_(self.clf[1].weight)
+
+    def forward(self, x_t, t, sem, text):
+        H, W, divisor = *x_t.shape[-2:], self.config.patch_size * 2 ** (len(self.config.widths) - 1)
+        if H % divisor or W % divisor:
+            raise ValueError(f"Stage B found latents of {H}x{W}, expected multiples of {divisor}")
+        t_embedding = timestep_embedding(t, self.config.timestep_width)   # (B, 64)
+        text = self.seq_norm(self.clip_mapper(text))                      # (B, L, cond)
+        sem_tokens = sem.flatten(2).transpose(1, 2)                       # (B, h*w, 16)
+
+        def level(x, layers, mapper, skip=None):
+            """Run one level; the resized compressor latents join every block, the skip only the first."""
+            extra = None
+            for layer in layers:
+                if isinstance(layer, ResBlock):
+                    if mapper is not None and extra is None:              # once the size is known
+                        extra = mapper(F.interpolate(                     # official code's options
+                            sem.float(), x.shape[-2:], mode="bicubic", antialias=True,
+                            align_corners=True))                          # (B, cond, H_i, W_i)
+                    joined = [part for part in (skip, extra) if part is not None]
+                    x = layer(x, torch.cat(joined, dim=1) if joined else None)
+                    skip = None
+                elif isinstance(layer, TimestepBlock):
+                    x = layer(x, t_embedding)
+                elif isinstance(layer, AttnBlock):
+                    x = layer(x, text, sem_tokens)
+                else:
+                    x = layer(x)                                          # resample
+            return x
+
+        x = self.embedding(x_t)                                           # (B, c0, H/2, W/2)
+        skips = []
+        for layers, mapper in zip(self.down_blocks, self.effnet_mappers):
+            x = level(x, layers, mapper)
+            skips.insert(0, x)
+        for i, layers in enumerate(self.up_blocks):
+            mapper = self.effnet_mappers[len(skips) + i]
+            x = level(x, layers, mapper, skips[i] if i > 0 else None)
+        # Official head: eps_hat = (x_t - A) / B with B in (0.001, 0.999): B stands for the noise's
+        # size sqrt(1 - alpha_bar), A for the signal part. At init A = 0, B = .5: eps_hat = 2 x_t.
+        # The paper says "standard LDM" and is silent on the head. Stage C's is another one.
+        a, b = self.clf(x).float().chunk(2, dim=1)                        # (B, 4, H, W) each
+        return (x_t - a) / (b.sigmoid() * (1 - 2e-3) + 1e-3)
+
+
+def load(path, device="cpu"):
+    """Rebuild a trained StageB (its EMA weights) from its checkpoint alone, in eval mode."""
+    from plumbing import run
+    state = run.load_checkpoint(path, "B")
+    model = StageB(Config(**state["config"]))
+    model.load_state_dict(state["ema"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+# ---- loss ----------------------------------------------------------------------------------------
+
+def drop_and_noise(sem, text, null_text, config, mean=0.0, std=1.0):
+    """Make the conditions imperfect, each sample by itself, as sampling will find them (§3.1).
+
+    5 % lose both (the unconditional branch of guidance), 5 % the text, 5 % sem; of the rest, 30 %
+    get sem noised to a level t ~ U(0, 0.5), because Stage C's latents will not be perfect. The
+    model is not told the level.
+    sem: (B, 16, h, w) standardised. mean, std: the scale Stage B reads, (-1, 42) for released
+    weights. null_text: (1, L, E), tokens of the empty caption. Returns (sem, text).
+    """
+    n, device = len(sem), sem.device
+    u = torch.rand(n, 1, 1, device=device)
+    both, only_text = config.drop_both, config.drop_both + config.drop_text
+    no_text, no_sem = u < only_text, (u < both) | ((u >= only_text) & (u < only_text + config.drop_sem))
+    noised = (u >= only_text + config.drop_sem) & (torch.rand(n, 1, 1, device=device) < config.noise_sem)
+    t = torch.rand(n, device=device) * config.noise_sem_t
+    sem = torch.where(noised[..., None], diffuse(sem, t, torch.randn_like(sem)), sem)
+    sem = torch.where(no_sem[..., None], 0.0, sem * std + mean)           # zeros on the scale B reads
+    return sem, torch.where(no_text, null_text, text)
+
+
+def loss(model, x_0, sem, text, t=None, noise=None, record=None):
+    """Mean squared error of the predicted noise (LDM training, §3.1).
+
+    x_0: (B, 4, H, W) standardised Stage A latents. sem: (B, 16, h, w). text: (B, L, E). t: (B,) in
+    [0, 1], drawn if None. noise: like x_0, drawn if None. record: a list that receives (t, error),
+    both (B,). Returns a scalar.
+    """
+    t = draw_t(len(x_0), x_0.device) if t is None else t
+    noise = torch.randn_like(x_0) if noise is None else noise
+    eps_hat = model(diffuse(x_0, t, noise), t, sem, text)                 # (B, 4, H, W)
+    error = (eps_hat - noise).square().mean((1, 2, 3))                    # (B,)
+    if record is not None:
+        record.append((t.detach(), error.detach()))
+    return error.mean()
+
+
+# ---- sampler -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def ddpm_sample(model, shape, sem, text, null_sem, null_text, steps=12, guidance=4.0, x=None,
+                generator=None, history=None):
+    """Draw standardised Stage A latents: DDPM (Ho et al., 2020), §3.3, on evenly spaced t.
+
+    shape: (B, 4, H, W). sem: (B, 16, h, w); null_sem: like it, zeros. text: (B, L, E); null_text:
+    (1, L, E) or (B, L, E). steps: 12 (§4). guidance: eps_hat = null + guidance * (conditional -
+    null): 4 (§4), 1 is conditional, 0 unconditional; null has both conditions dropped.
+    x: the start at t = 1: the paper takes random codebook tokens (StageA.random_tokens), the
+    released code noise, which is drawn if None. generator: a torch.Generator, or a list of one per
+    sample. history: a list that receives x after each step.
+    """
+    device = next(model.parameters()).device
+    x = randn(shape, generator, device) if x is None else x
+    null_sem, null_text = null_sem.expand_as(sem), null_text.expand_as(text)
+    levels = torch.linspace(1, 0, steps + 1, device=device)
+    for t, t_next in zip(levels[:-1], levels[1:]):
+        if guidance == 1:
+            eps_hat = model(x, t.expand(len(x)), sem, text)
+        else:
+            both = model(torch.cat([x, x]), t.expand(2 * len(x)), torch.cat([sem, null_sem]),
+                         torch.cat([text, null_text]))
+            conditional, null = both.chunk(2)
+            eps_hat = null + guidance * (conditional - null)
+        a_bar, a_bar_next = alpha_bar(t), alpha_bar(t_next)
+        a = a_bar / a_bar_next                                            # alpha of this step
+        x = (x - (1 - a) / (1 - a_bar).sqrt() * eps_hat) / a.sqrt()       # the mean, §3.3
+        if t_next > 0:
+            sigma = ((1 - a) * (1 - a_bar_next) / (1 - a_bar)).sqrt()
+            x = x + sigma * randn(shape, generator, device)
+        if history is not None:
+            history.append(x)
+    return x
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def train(config, source, out, stage_a_path, clip=None):
+    """Train Stage B and the compressor on captioned images. Goes on by itself if `out` holds a run.
+
+    stage_a_path: checkpoint of Stage A. clip: local file of the text encoder's weights, or None.
+    """
+    import data
+    import semantic_compressor
+    import stage_a
+    from plumbing import run
+
+    device, rank, world = run.setup(config.seed)
+    out = Path(out)
+    run.required(stage_a_path, "a Stage A checkpoint",
+                 "train it with `python stage_a.py --data …`, or name it with --stage-a")
+    vqgan = stage_a.load(stage_a_path, device)
+    encoder = data.text_encoder(config.text_encoder, clip, device)
+    dataset = data.CaptionedImages(source, resize=config.image_size, crop=config.image_size,
+                                   seed=config.seed, center=config.remember)
+    first = dataset if config.remember else data.CaptionedImages(
+        source, resize=config.image_size, crop=config.image_size, center=True)
+    fixed = next(data.stream(first, min(256, 2 ** 26 // config.image_size ** 2), seed=config.seed))
+    out.mkdir(parents=True, exist_ok=True)
+
+    def targets(batch):
+        """A batch -> x_0 (B, 4, H/4, W/4), the compressor's images (B, 3, 3H/4, 3W/4), text (B, L, E)."""
+        with torch.no_grad():
+            images = batch["images"].to(device, non_blocking=True)
+            x_0 = vqgan.standardise(vqgan.encode(images))
+            return x_0, semantic_compressor.resize(images), encoder(batch["captions"])
+
+    if config.remember:
+        dataset = data.remember(dataset, targets, label="Stage A latents and text tokens")
+    null_text = encoder([""])                                             # (1, L, E)
+
+    torch.manual_seed(config.seed)
+    compressor_config = semantic_compressor.PRESETS[config.compressor]
+    compressor = semantic_compressor.SemanticCompressor(compressor_config).to(device).train()
+    model = StageB(config).to(device).train()
+    mean, std = ((compressor_config.latent_mean, compressor_config.latent_std)
+                 if config.condition == "raw" else (0.0, 1.0))
+    state = run.resume(out / "checkpoint.pt", "B", config, device, rank)
+    if compressor_config.imagenet and not state:
+        semantic_compressor.imagenet_weights(compressor)
+    ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False) for net in (model, compressor))
+    parameters = [*model.parameters(), *compressor.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr)
+    start, position = 0, (0, 0)
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        compressor.load_state_dict(state["compressor"])
+        compressor_ema.load_state_dict(state["compressor_ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, position = state["step"], state["position"]
+    elif rank:
+        torch.manual_seed(config.seed + rank)                             # other noise on each rank
+    if config.compile:
+        model.compile()                                                   # in place: names stay clean
+        compressor.compile()
+
+    batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
+                          0 if config.remember else config.workers)
+    log, guard, stop, record = run.Log(out, config.steps, start, rank), run.NanGuard(), run.StopSignal(), []
+    for step in range(start, config.steps):
+        optimizer.zero_grad(set_to_none=True)
+        seen = 0
+        for _ in range(config.accumulate):
+            # batch
+            batch = next(batches)
+            position = batch["position"]
+            # targets
+            x_0, images, text = (part.to(device) for part in (batch["remembered"] if config.remember
+                                                              else targets(batch)))
+            # loss
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                # In training the last BatchNorm standardises with the batch itself, whence raw is
+                # standardised already; `released` has a learned scale there and knows its constants.
+                sem = compressor.standardise(compressor(images).float())  # (B, 16, h, w)
+                sem, text = drop_and_noise(sem, text, null_text, config, mean, std)
+                value = loss(model, x_0, sem, text, record=record)
+            # backward
+            (value / config.accumulate).backward()
+            seen += len(x_0) * world
+        # clip
+        run.average_gradients(parameters, world)
+        grad = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        # lr, step
+        lr = run.learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if not guard.is_bad(grad, step):
+            optimizer.step()
+            # EMA
+            run.ema_update(ema, model, step, config.ema)
+            run.ema_update(compressor_ema, compressor, step, config.ema)
+        done, last = step + 1, step + 1 == config.steps or stop.asked
+        # log
+        log.step(seen)
+        if done % config.log_every == 0 or last:
+            log.write(done, run.by_level(record), loss=value.item(), grad=grad.item(), lr=lr,
+                      skipped=guard.skipped)
+            record.clear()
+        # preview
+        if rank == 0 and (done % config.preview_every == 0 or last):
+            preview(ema, compressor_ema, vqgan, encoder, fixed, out / f"preview_{done:07d}.png", device)
+            log.pause()
+        # checkpoint
+        if rank == 0 and (done % config.save_every == 0 or last):
+            scale = semantic_compressor.latent_scale(
+                compressor_ema, semantic_compressor.resize(fixed["images"]).to(device))
+            run.save_checkpoint(out / "checkpoint.pt", dict(
+                stage="B", config=asdict(config), step=done, position=position,
+                compressor_config=asdict(replace(compressor_config, latent_mean=scale[0],
+                                                 latent_std=scale[1])),
+                model=model.state_dict(), ema=ema.state_dict(), compressor=compressor.state_dict(),
+                compressor_ema=compressor_ema.state_dict(), optimizer=optimizer.state_dict(),
+                stage_a=run.checksum(vqgan.state_dict()),
+                text_encoder=dict(name=encoder.name, checksum=encoder.checksum),
+                random=run.random_state(device)))
+            log.pause()
+        if last:
+            break
+    log.finish(out, stop.asked)
+
+
+@torch.no_grad()
+def preview(model, compressor, vqgan, encoder, batch, path, device):
+    """Top row: images. Then: through Stage A alone; through compressor, B (12 steps, w = 1) and A."""
+    import semantic_compressor
+    from plumbing import run
+    images, text = batch["images"][:8].to(device), encoder(batch["captions"][:8])
+    raw = compressor(semantic_compressor.resize(images))
+    scale = semantic_compressor.latent_scale(compressor,
+                                             semantic_compressor.resize(batch["images"]).to(device))
+    sem = raw if model.config.condition == "raw" else (raw - scale[0]) / scale[1]
+    latents = vqgan.encode(images)
+    generators = [torch.Generator().manual_seed(index) for index in range(len(images))]
+    drawn = ddpm_sample(model, latents.shape, sem, text, torch.zeros_like(sem), text, guidance=1,
+                        x=vqgan.random_tokens(latents.shape, generators), generator=generators)
+    rows = [images, vqgan.decode(latents), vqgan.decode(vqgan.unstandardise(drawn))]
+    run.grid(torch.cat(rows).float().cpu(), columns=len(images)).save(path)
+
+
+if __name__ == "__main__":
+    from plumbing import run
+    config, args = run.parse(
+        Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
+        out=(None, "folder of this run (default runs/PRESET/stage_b)"),
+        stage_a=(None, "Stage A checkpoint (default runs/PRESET/stage_a/checkpoint.pt)"),
+        clip=(None, "local file with the weights of the CLIP text encoder (default: the hub)"))
+    runs = Path("runs") / args.preset
+    if args.data is None:
+        sys.exit("--data is missing: a folder of tar shards, for example from "
+                 "`python data.py shapes --out shards/shapes`")
+    train(config, args.data, args.out or runs / "stage_b", args.stage_a or runs / "stage_a/checkpoint.pt",
+          args.clip)

@@ -1,0 +1,512 @@
+"""Stage C: draws the Semantic Compressor's tiny latent from text. The text-conditional model.
+
+This is the paper's idea: at 42 : 1 the latent of a 1024x1024 image is 16x24x24, so the model that
+has to understand text works on 576 positions, without downsampling, and is cheap to train
+(Würstchen, §3.2 and Appendix E.3).
+
+    x_t = sqrt(alpha_bar(t)) x_0 + sqrt(1 - alpha_bar(t)) eps              forward process, §3.2
+    A, B = f_theta(x_t, text, t)
+    eps_hat = (x_t - A) / (|1 - B| + 1e-5)                                 the A/B head, §3.2
+    loss = p2(t) * |eps - eps_hat|^2,  p2 = (1 - alpha_bar) / (1 + alpha_bar)   §3.2
+
+    x_t (B, 16, h, w) --1x1--> (B, D, h, w) --[ResBlock, TimestepBlock, AttnBlock] x depth-->
+    --LayerNorm, 1x1--> A, B (B, 16, h, w) each --> eps_hat (B, 16, h, w)
+    text (B, L, E) --MLP--> (B, L, D), read by every AttnBlock
+
+Letters: B batch, h w the latent's grid (24x24 for a 1024-px image), D width, L text tokens,
+E width of the text encoder, t noise level from 0 (clean) to 1 (noise). (B is also the name of half
+of the head, as in the paper; in code that is `b`.)
+Architecture and attribute names follow the published v2 prior (dome272/Wuerstchen, modules.py).
+
+    python stage_c.py --data shards/                         paper size, one A100
+    python stage_c.py --data shards/shapes --preset pocket   two CPU cores, minutes
+
+A healthy pocket run prints: error by noise level starting near [t<.25 1 … 1 .0] (eps_hat = x_t, all
+signal is error), the first number falling slowly, the third below .2 within 300 steps.
+"""
+
+import copy
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---- Config --------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    # architecture
+    latent_channels: int = 16          # paper, §3.1
+    width: int = 1280                  # paper, E.3. (Its "1B parameters" is `released`; this is 347 M)
+    depth: int = 16                    # paper, E.3
+    heads: int = 16                    # paper, E.3
+    text_width: int = 1024             # paper, E.3: CLIP-H
+    timestep_width: int = 64           # official code
+    dropout: float = 0.1               # official code
+    # loss
+    p2: str = "paper"                  # paper, §3.2; "released" is 1 - alpha_bar, "none" is 1
+    text_drop: float = 0.05            # paper, §3.2
+    # data
+    text_encoder: str = "clip-h"       # paper, §4
+    image_size: int = 512              # paper, E.3, first run: 384 px for the compressor, 12x12 latents
+    remember: bool = False             # encode each image and caption once and keep them in memory
+    # training
+    steps: int = 500_000               # paper, E.3, first run
+    batch_size: int = 1536             # paper, E.3
+    accumulate: int = 1
+    lr: float = 1e-4                   # paper, E.3
+    warmup: int = 10_000               # official code (the paper gives it for Stage B only)
+    grad_clip: float = 1.0             # official code
+    ema: float = 0.999                 # ours: the released rule (0.9 every 100 steps) as one per step
+    seed: int = 0
+    workers: int = 8
+    compile: bool = False
+    log_every: int = 100
+    preview_every: int = 5000
+    save_every: int = 1000
+
+
+PRESETS = {
+    "paper": Config(),
+    "released": Config(                # official v2 weights: 993,636,896 parameters, CLIP-bigG text
+        width=1536, depth=32, heads=24, text_width=1280, text_encoder="clip-bigg", p2="released"),
+    "pocket": Config(                  # ours: the same class at a size for two CPU cores
+        width=256, depth=4, heads=8, text_width=128, dropout=0.0, text_encoder="pocket",
+        image_size=128, remember=True, steps=1000, batch_size=128, lr=5e-4, warmup=100, workers=1,
+        log_every=20, preview_every=200, save_every=100),
+}
+
+
+# ---- schedule: verbatim in stage_b.py and stage_c.py ---------------------------------------------
+
+def alpha_bar(t):
+    """Signal power left at noise level t: the cosine schedule (Nichol & Dhariwal, 2021), §3.2.
+
+    t: float tensor in [0, 1] of any shape. Clamped to [1e-4, 0.9999] (official code), so that
+    neither pure signal nor pure noise is ever divided by.
+    """
+    s = 0.008                                                             # official code
+    ratio = torch.cos((t + s) / (1 + s) * math.pi / 2) / math.cos(s / (1 + s) * math.pi / 2)
+    return ratio.square().clamp(1e-4, 0.9999)
+
+
+def draw_t(n, device="cpu"):
+    """Draw n continuous noise levels (§3.2) as the official code does: (B,) float32 in [0.001, 1].
+
+    1.08 stretches U(0, 1) past the end and the clamp folds the surplus back: 7.5 % of all samples
+    are at exactly t = 1, where sampling starts and all of the picture is still to be decided.
+    0.001 keeps t away from 0, where there is no noise to predict.
+    """
+    return ((1 - torch.rand(n, device=device)) * 1.08 + 0.001).clamp(0.001, 1.0)
+
+
+def diffuse(x_0, t, noise):
+    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (§3.2). t: (B,)."""
+    a = alpha_bar(t).view(-1, 1, 1, 1)
+    return a.sqrt() * x_0 + (1 - a).sqrt() * noise
+
+
+def randn(shape, generator=None, device="cpu"):
+    """Standard normal noise. A list of generators gives each sample its own, whatever the batch."""
+    if isinstance(generator, (list, tuple)):
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in generator]).to(device)
+    return torch.randn(shape, generator=generator, device=device)
+
+
+# ---- schedule: Stage C alone ---------------------------------------------------------------------
+
+def p2_weight(t, form="paper"):
+    """How much each noise level counts in the loss (§3.2, after Choi et al., 2022). t: (B,) -> (B,).
+
+    Predicting the noise of a nearly clean latent is hard to do well and decides nothing that can be
+    seen; at high noise the subject of the picture is decided. p2 follows the noise power 1 -
+    alpha_bar: t = .25, .5, .75 count .083, .339, .748 in the paper's form.
+    form: "paper" (1 - a) / (1 + a); "released" 1 - a, which is (1 + a / (1 - a))^-1; "none" 1.
+    """
+    a = alpha_bar(t)
+    if form == "paper":
+        return (1 - a) / (1 + a)
+    if form == "released":
+        return 1 - a
+    if form == "none":
+        return torch.ones_like(a)
+    raise ValueError(f"p2 form {form!r}: expected paper, released or none")
+
+
+# ---- blocks: verbatim in stage_b.py and stage_c.py -----------------------------------------------
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, h, w), without learned scale and shift (official code)."""
+
+    def __init__(self, c):
+        super().__init__(c, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Channels compete by their energy over the whole grid (ConvNeXt V2, Woo et al., 2023).
+
+    (B, h, w, C), channels last. The identity at init.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, c))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, c))
+
+    def forward(self, x):
+        energy = x.norm(p=2, dim=(1, 2), keepdim=True)                    # (B, 1, 1, C)
+        share = energy / (energy.mean(-1, keepdim=True) + 1e-6)
+        return self.gamma * (x * share) + self.beta + x
+
+
+class TimestepBlock(nn.Module):
+    """Scale and shift every channel by the noise level. The identity at init."""
+
+    def __init__(self, c, c_timestep):
+        super().__init__()
+        self.mapper = nn.Linear(c_timestep, 2 * c)
+
+    def forward(self, x, t_embedding):
+        scale, shift = self.mapper(t_embedding)[:, :, None, None].chunk(2, dim=1)
+        return x * (1 + scale) + shift
+
+
+def timestep_embedding(t, width):
+    """(B,) in [0, 1] -> (B, width): sines and cosines of 10,000 t at frequencies 1 … 1e-4. In float32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=t.device))
+    angles = t.float()[:, None] * 10_000 * frequencies                    # (B, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries (B, N, C) over keys and values (B, M, C)."""
+
+    def __init__(self, c, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])                    # published name: to_out.0
+
+    def forward(self, q, kv):
+        q, k, v = (layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, heads, ·, c)
+                   for layer, tokens in ((self.to_q, q), (self.to_k, kv), (self.to_v, kv)))
+        # dropout on the attention weights, as in the official code (diffusers drops the output)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.to_out[0](y.transpose(1, 2).flatten(2))               # (B, N, C)
+
+
+# ---- blocks: Stage C alone -----------------------------------------------------------------------
+
+class ResBlock(nn.Module):
+    """ConvNeXt block with GlobalResponseNorm. Unlike Stage B's it has no skip input."""
+
+    def __init__(self, c, dropout):
+        super().__init__()
+        self.depthwise = nn.Conv2d(c, c, 3, padding=1, groups=c)
+        self.norm = LayerNorm2d(c)
+        self.channelwise = nn.Sequential(
+            nn.Linear(c, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c), nn.Dropout(dropout),
+            nn.Linear(4 * c, c))
+
+    def forward(self, x):                                                 # (B, D, h, w)
+        y = self.norm(self.depthwise(x)).permute(0, 2, 3, 1)              # (B, h, w, D)
+        return x + self.channelwise(y).permute(0, 3, 1, 2)
+
+
+class AttnBlock(nn.Module):
+    """Each latent position attends to all positions and all text tokens at once (E.3).
+
+    One joint attention, as in the official code, where the paper says "cross-attention".
+    Unlike Stage B's there are no compressor latents among the keys.
+    """
+
+    def __init__(self, c, heads, dropout):
+        super().__init__()
+        self.norm = LayerNorm2d(c)
+        self.attention = Attention(c, heads, dropout)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c, c))
+
+    def forward(self, x, text):                                           # (B, D, h, w), (B, L, D)
+        q = self.norm(x).flatten(2).transpose(1, 2)                       # (B, h*w, D)
+        kv = torch.cat([q, self.kv_mapper(text)], dim=1)                  # (B, h*w + L, D)
+        return x + self.attention(q, kv).transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+# ---- model ---------------------------------------------------------------------------------------
+
+def ab_to_eps(x_t, a, b):
+    """The A/B head: eps_hat = (x_t - A) / (|1 - B| + 1e-5), §3.2.
+
+    Reads as the forward process solved for the noise: A stands for the signal part
+    sqrt(alpha_bar) x_0, |1 - B| for the noise's size sqrt(1 - alpha_bar). The absolute value keeps
+    the divisor positive when B overshoots 1, the 1e-5 keeps it away from zero.
+    The output layer starts at zero, so A = B = 0 and eps_hat = x_t / (1 + 1e-5): the input is
+    returned. At t near 1 the input is the noise and the loss is already near 0; a network that
+    predicts eps from zero would start there with its largest error, and the paper suspects that
+    this made training unstable.
+    """
+    return (x_t - a) / ((1 - b).abs() + 1e-5)
+
+
+class StageC(nn.Module):
+    """The prior: x_t (B, 16, h, w), t (B,), text (B, L, text_width) -> eps_hat (B, 16, h, w)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        c, e = config.width, config.text_width
+        self.projection = nn.Conv2d(config.latent_channels, c, 1)
+        self.cond_mapper = nn.Sequential(nn.Linear(e, c), nn.LeakyReLU(0.2), nn.Linear(c, c))
+        self.blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            self.blocks += [ResBlock(c, config.dropout), TimestepBlock(c, config.timestep_width),
+                            AttnBlock(c, config.heads, config.dropout)]
+        self.out = nn.Sequential(LayerNorm2d(c), nn.Conv2d(c, 2 * config.latent_channels, 1))
+        self.init_weights()
+
+    def init_weights(self):
+        """The official code's initialisation; the paper says only that the model starts by predicting 0."""
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        for block in self.blocks:
+            if isinstance(block, ResBlock):        # depth residuals add up to the variance of one
+                block.channelwise[-1].weight.data *= (1 / self.config.depth) ** 0.5
+            if isinstance(block, TimestepBlock):
+                nn.init.zeros_(block.mapper.weight)
+            if isinstance(block, AttnBlock):       # q, k, v were one (3c, c) matrix there: sqrt(6 / 4c)
+                for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
+                    nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
+        for layer in (self.projection, self.cond_mapper[0], self.cond_mapper[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.out[1].weight)         # A = B = 0: see ab_to_eps
+
+    def forward(self, x_t, t, text):
+        t_embedding = timestep_embedding(t, self.config.timestep_width)   # (B, 64)
+        text = self.cond_mapper(text)                                     # (B, L, D)
+        x = self.projection(x_t)                                          # (B, D, h, w)
+        for block in self.blocks:
+            if isinstance(block, TimestepBlock):
+                x = block(x, t_embedding)
+            elif isinstance(block, AttnBlock):
+                x = block(x, text)
+            else:
+                x = block(x)
+        a, b = self.out(x).float().chunk(2, dim=1)                        # (B, 16, h, w) each
+        return ab_to_eps(x_t, a, b)
+
+
+def load(path, device="cpu"):
+    """Rebuild a trained StageC (its EMA weights) from its checkpoint alone, in eval mode."""
+    from plumbing import run
+    state = run.load_checkpoint(path, "C")
+    model = StageC(Config(**state["config"]))
+    model.load_state_dict(state["ema"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+# ---- loss ----------------------------------------------------------------------------------------
+
+def drop_text(text, null_text, rate):
+    """Replace the text of a share `rate` of the samples by the tokens of the empty caption (§3.2).
+
+    text: (B, L, E); null_text: (1, L, E). Each sample by itself (official code: whole batches).
+    """
+    dropped = torch.rand(len(text), 1, 1, device=text.device) < rate
+    return torch.where(dropped, null_text, text)
+
+
+def loss(model, x_0, text, t=None, noise=None, p2=None, record=None):
+    """p2-weighted error of the predicted noise (§3.2).
+
+    x_0: (B, 16, h, w) standardised compressor latents. text: (B, L, E). t: (B,) in [0, 1], drawn if
+    None. noise: like x_0, drawn if None. p2: a form of p2_weight; the model's if None. record: a
+    list that receives (t, unweighted error), both (B,). Returns a scalar.
+    """
+    t = draw_t(len(x_0), x_0.device) if t is None else t
+    noise = torch.randn_like(x_0) if noise is None else noise
+    eps_hat = model(diffuse(x_0, t, noise), t, text)                      # (B, 16, h, w)
+    error = (eps_hat - noise).square().mean((1, 2, 3))                    # (B,)
+    if record is not None:
+        record.append((t.detach(), error.detach()))
+    return (p2_weight(t, p2 or model.config.p2) * error).mean()
+
+
+# ---- sampler -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def ddpm_sample(model, shape, text, null_text, steps=60, guidance=4.0, x=None, generator=None,
+                history=None):
+    """Draw standardised latents from text: DDPM (Ho et al., 2020), §3.3, on evenly spaced t.
+
+    shape: (B, 16, h, w). text: (B, L, E); null_text: (1, L, E) or (B, L, E). steps: 60 (§4).
+    guidance: eps_hat = null + guidance * (conditional - null): 1 is conditional, 0 unconditional.
+    x: the start at t = 1, noise if None. generator: a torch.Generator, or a list of one per sample.
+    history: a list that receives x after each step.
+    """
+    device = next(model.parameters()).device
+    x = randn(shape, generator, device) if x is None else x
+    null_text = null_text.expand_as(text)
+    levels = torch.linspace(1, 0, steps + 1, device=device)
+    for t, t_next in zip(levels[:-1], levels[1:]):
+        if guidance == 1:
+            eps_hat = model(x, t.expand(len(x)), text)
+        else:
+            both = model(torch.cat([x, x]), t.expand(2 * len(x)), torch.cat([text, null_text]))
+            conditional, null = both.chunk(2)
+            eps_hat = null + guidance * (conditional - null)
+        a_bar, a_bar_next = alpha_bar(t), alpha_bar(t_next)
+        a = a_bar / a_bar_next                                            # alpha of this step
+        x = (x - (1 - a) / (1 - a_bar).sqrt() * eps_hat) / a.sqrt()       # the mean, §3.3
+        if t_next > 0:
+            sigma = ((1 - a) * (1 - a_bar_next) / (1 - a_bar)).sqrt()
+            x = x + sigma * randn(shape, generator, device)
+        if history is not None:
+            history.append(x)
+    return x
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def train(config, source, out, stage_a, stage_b, clip=None):
+    """Train on captioned images. Goes on by itself if `out` holds a run.
+
+    stage_b: checkpoint that holds the trained compressor. stage_a: for previews; may be missing.
+    clip: local file of the text encoder's weights, or None for the hub.
+    """
+    import data
+    import semantic_compressor
+    from plumbing import run
+
+    device, rank, world = run.setup(config.seed)
+    out = Path(out)
+    run.required(stage_b, "a Stage B checkpoint with the trained Semantic Compressor",
+                 "train it with `python stage_b.py --data …`, or name it with --stage-b")
+    compressor = semantic_compressor.load(stage_b, device)
+    encoder = data.text_encoder(config.text_encoder, clip, device)
+    dataset = data.CaptionedImages(source, resize=config.image_size, crop=config.image_size,
+                                   seed=config.seed, center=config.remember)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def targets(batch):
+        """A batch of images and captions -> x_0 (B, 16, h, w), text (B, L, E)."""
+        with torch.no_grad():
+            images = semantic_compressor.resize(batch["images"].to(device, non_blocking=True))
+            return compressor.standardise(compressor(images)), encoder(batch["captions"])
+
+    if config.remember:
+        dataset = data.remember(dataset, targets, label="compressor latents and text tokens")
+    null_text = encoder([""])                                             # (1, L, E)
+
+    torch.manual_seed(config.seed)
+    model = StageC(config).to(device).train()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    start, position = 0, (0, 0)
+    state = run.resume(out / "checkpoint.pt", "C", config, device, rank)
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, position = state["step"], state["position"]
+    elif rank:
+        torch.manual_seed(config.seed + rank)                             # other noise on each rank
+    if config.compile:
+        model.compile()                                                   # in place: names stay clean
+
+    batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
+                          0 if config.remember else config.workers)
+    log, guard, stop, record = run.Log(out, config.steps, start, rank), run.NanGuard(), run.StopSignal(), []
+    for step in range(start, config.steps):
+        optimizer.zero_grad(set_to_none=True)
+        seen = 0
+        for _ in range(config.accumulate):
+            # batch
+            batch = next(batches)
+            position = batch["position"]
+            # targets
+            x_0, text = (part.to(device) for part in (batch["remembered"] if config.remember
+                                                      else targets(batch)))
+            text = drop_text(text, null_text, config.text_drop)
+            # loss
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                value = loss(model, x_0, text, record=record)
+            # backward
+            (value / config.accumulate).backward()
+            seen += len(x_0) * world
+        # clip
+        run.average_gradients(model.parameters(), world)
+        grad = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        # lr, step
+        lr = run.learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if not guard.is_bad(grad, step):
+            optimizer.step()
+            # EMA
+            run.ema_update(ema, model, step, config.ema)
+        done, last = step + 1, step + 1 == config.steps or stop.asked
+        # log
+        log.step(seen)
+        if done % config.log_every == 0 or last:
+            log.write(done, run.by_level(record), loss=value.item(), grad=grad.item(), lr=lr,
+                      skipped=guard.skipped)
+            record.clear()
+        # preview
+        if rank == 0 and (done % config.preview_every == 0 or last):
+            preview(ema, null_text, encoder, dataset, stage_a, stage_b, out / f"preview_{done:07d}.png")
+            log.pause()
+        # checkpoint
+        if rank == 0 and (done % config.save_every == 0 or last):
+            run.save_checkpoint(out / "checkpoint.pt", dict(
+                stage="C", config=asdict(config), step=done, position=position,
+                model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                text_encoder=dict(name=encoder.name, checksum=encoder.checksum),
+                compressor=run.checksum(compressor.state_dict()), random=run.random_state(device)))
+            log.pause()
+        if last:
+            break
+    log.finish(out, stop.asked)
+
+
+@torch.no_grad()
+def preview(model, null_text, encoder, dataset, stage_a, stage_b, path):
+    """Sixteen captions of the data at fixed noise, decoded by B and A if there is a Stage A."""
+    from plumbing import run
+    captions = [dataset.caption(index) for index in range(min(16, len(dataset)))]
+    side = model.config.image_size * 3 // 128
+    generators = [torch.Generator().manual_seed(index) for index in range(len(captions))]
+    latents = ddpm_sample(model, (len(captions), model.config.latent_channels, side, side),
+                          encoder(captions), null_text, steps=20, generator=generators)
+    if Path(stage_a).is_file():
+        import sample
+        images = sample.decode(latents, captions, stage_a, stage_b, encoder)
+    else:
+        images = run.latent_picture(latents)
+    run.grid(images.float().cpu(), 4, captions).save(path)
+
+
+if __name__ == "__main__":
+    from plumbing import run
+    config, args = run.parse(
+        Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
+        out=(None, "folder of this run (default runs/PRESET/stage_c)"),
+        stage_a=(None, "Stage A checkpoint, for previews (default runs/PRESET/stage_a/checkpoint.pt)"),
+        stage_b=(None, "Stage B checkpoint (default runs/PRESET/stage_b/checkpoint.pt)"),
+        clip=(None, "local file with the weights of the CLIP text encoder (default: the hub)"))
+    runs = Path("runs") / args.preset
+    if args.data is None:
+        sys.exit("--data is missing: a folder of tar shards, for example from "
+                 "`python data.py shapes --out shards/shapes`")
+    train(config, args.data, args.out or runs / "stage_c", args.stage_a or runs / "stage_a/checkpoint.pt",
+          args.stage_b or runs / "stage_b/checkpoint.pt", args.clip)
