@@ -62,7 +62,7 @@ def efficientnet_features(name):
         raise ValueError(f"backbone {name!r}: expected efficientnet_v2_s or narrow")
     # expand ratio, kernel, stride, channels in, channels out, layers: the S network, narrower
     settings = [
-        tv.FusedMBConvConfig(1, 3, 1, 16, 16, 1), tv.FusedMBConvConfig(4, 3, 2, 16, 24, 1),
+        tv.FusedMBConvConfig(1, 3, 1, 8, 8, 1), tv.FusedMBConvConfig(4, 3, 2, 8, 24, 1),
         tv.FusedMBConvConfig(4, 3, 2, 24, 48, 1), tv.MBConvConfig(4, 3, 2, 48, 96, 2),
         tv.MBConvConfig(4, 3, 1, 96, 96, 2), tv.MBConvConfig(6, 3, 2, 96, 128, 3)]
     # no stochastic depth: it is a regulariser, and the drawings never run out

@@ -64,6 +64,7 @@ class Config:
     accumulate: int = 1
     lr: float = 1e-4                   # paper, E.1
     warmup: int = 0                    # paper gives none for Stage A
+    cooldown: int = 0                  # ours: linear decay at the end; the paper names none
     grad_clip: float = 1.0             # official code (Stages B and C)
     seed: int = 0
     workers: int = 8
@@ -78,7 +79,7 @@ PRESETS = {
     "released": Config(decoder_blocks=12, latent_mean=0.0, latent_std=0.3764),  # official code
     "pocket": Config(                  # ours: the same classes at a size for two CPU cores
         widths=(48, 96), decoder_blocks=3, codebook_size=1024, perceptual="none",
-        resize=128, crop=64, steps=1000, batch_size=32, lr=2e-3, warmup=50, workers=1,
+        resize=128, crop=64, steps=800, batch_size=32, lr=2e-3, warmup=50, cooldown=400, workers=1,
         log_every=20, preview_every=200, save_every=100),
 }
 
@@ -450,4 +451,4 @@ if __name__ == "__main__":
     if args.data is None:
         sys.exit("--data is missing: a folder of tar shards, for example from "
                  "`python data.py shapes --out shards/shapes`")
-    train(config, args.data, args.out or f"runs/{args.preset}/stage_a")
+    run.start(train, config, args.data, args.out or f"runs/{args.preset}/stage_a")

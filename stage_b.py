@@ -70,6 +70,7 @@ class Config:
     accumulate: int = 1
     lr: float = 1e-4                   # paper, E.2
     warmup: int = 10_000               # paper, E.2
+    cooldown: int = 0                  # ours: linear decay at the end; the paper names none
     grad_clip: float = 1.0             # official code
     ema: float = 0.999                 # ours: the released code trains B without
     seed: int = 0
@@ -84,10 +85,10 @@ PRESETS = {
     "paper": Config(),
     "released": Config(attend_to_sem=False, condition="raw", compressor="released"),   # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
-        widths=(32, 96, 128), heads=(0, 3, 4), blocks=(2, 3, 3), text_width=128, cond_width=64,
+        widths=(32, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
         dropout=0.0, text_encoder="pocket", compressor="pocket", image_size=128, remember=True,
-        steps=1500, batch_size=32, lr=1e-3, warmup=100, workers=1, log_every=20, preview_every=250,
-        save_every=100),
+        steps=3000, batch_size=32, lr=1e-3, warmup=100, cooldown=1000, workers=1, log_every=20,
+        preview_every=250, save_every=100),
 }
 
 
@@ -596,5 +597,5 @@ if __name__ == "__main__":
     if args.data is None:
         sys.exit("--data is missing: a folder of tar shards, for example from "
                  "`python data.py shapes --out shards/shapes`")
-    train(config, args.data, args.out or runs / "stage_b", args.stage_a or runs / "stage_a/checkpoint.pt",
+    run.start(train, config, args.data, args.out or runs / "stage_b", args.stage_a or runs / "stage_a/checkpoint.pt",
           args.clip)

@@ -61,6 +61,7 @@ class Config:
     accumulate: int = 1
     lr: float = 1e-4                   # paper, E.3
     warmup: int = 10_000               # official code (the paper gives it for Stage B only)
+    cooldown: int = 0                  # ours: linear decay at the end; the paper names none
     grad_clip: float = 1.0             # official code
     ema: float = 0.999                 # ours: the released rule (0.9 every 100 steps) as one per step
     seed: int = 0
@@ -77,8 +78,8 @@ PRESETS = {
         width=1536, depth=32, heads=24, text_width=1280, text_encoder="clip-bigg", p2="released"),
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         width=256, depth=4, heads=8, text_width=128, dropout=0.0, text_encoder="pocket",
-        image_size=128, remember=True, steps=1000, batch_size=128, lr=5e-4, warmup=100, workers=1,
-        log_every=20, preview_every=200, save_every=100),
+        image_size=128, remember=True, steps=1500, batch_size=128, lr=5e-4, warmup=100, cooldown=500,
+        workers=1, log_every=20, preview_every=200, save_every=100),
 }
 
 
@@ -464,7 +465,7 @@ def train(config, source, out, stage_a, stage_b, clip=None):
             record.clear()
         # preview
         if rank == 0 and (done % config.preview_every == 0 or last):
-            preview(ema, null_text, encoder, dataset, stage_a, stage_b, out / f"preview_{done:07d}.png")
+            preview(ema, encoder, dataset, stage_a, stage_b, clip, out / f"preview_{done:07d}.png")
             log.pause()
         # checkpoint
         if rank == 0 and (done % config.save_every == 0 or last):
@@ -480,17 +481,17 @@ def train(config, source, out, stage_a, stage_b, clip=None):
 
 
 @torch.no_grad()
-def preview(model, null_text, encoder, dataset, stage_a, stage_b, path):
+def preview(model, encoder, dataset, stage_a, stage_b, clip, path):
     """Sixteen captions of the data at fixed noise, decoded by B and A if there is a Stage A."""
     from plumbing import run
     captions = [dataset.caption(index) for index in range(min(16, len(dataset)))]
     side = model.config.image_size * 3 // 128
     generators = [torch.Generator().manual_seed(index) for index in range(len(captions))]
     latents = ddpm_sample(model, (len(captions), model.config.latent_channels, side, side),
-                          encoder(captions), null_text, steps=20, generator=generators)
+                          encoder(captions), encoder([""]), steps=20, generator=generators)
     if Path(stage_a).is_file():
         import sample
-        images = sample.decode(latents, captions, stage_a, stage_b, encoder)
+        images = sample.decode(latents, captions, stage_a, stage_b, clip)
     else:
         images = run.latent_picture(latents)
     run.grid(images.float().cpu(), 4, captions).save(path)
@@ -508,5 +509,5 @@ if __name__ == "__main__":
     if args.data is None:
         sys.exit("--data is missing: a folder of tar shards, for example from "
                  "`python data.py shapes --out shards/shapes`")
-    train(config, args.data, args.out or runs / "stage_c", args.stage_a or runs / "stage_a/checkpoint.pt",
+    run.start(train, config, args.data, args.out or runs / "stage_c", args.stage_a or runs / "stage_a/checkpoint.pt",
           args.stage_b or runs / "stage_b/checkpoint.pt", args.clip)

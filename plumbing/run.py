@@ -69,6 +69,19 @@ def required(path, what, how):
     return Path(path)
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one sentence with its path."""
+
+
+def start(train, *arguments):
+    """Run `train`; an error that carries its own sentence ends the program with that sentence alone."""
+    from data import DataError
+    try:
+        return train(*arguments)
+    except (DataError, CheckpointError, FileNotFoundError) as error:
+        sys.exit(str(error))
+
+
 # ---- torchrun ------------------------------------------------------------------------------------
 
 def setup(seed):
@@ -120,17 +133,19 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, stage=None):
     """Read a checkpoint to the CPU (never unpickling code); one sentence if it is not what it should be.
 
-    Raises FileNotFoundError or ValueError.
+    Raises CheckpointError.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint of stage {stage}")
+        raise CheckpointError(f"{path}: no such file; expected a checkpoint of stage {stage}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{path}: not a readable checkpoint "
+                              f"({str(error).splitlines()[0]})") from None
     found = state.get("stage") if isinstance(state, dict) else type(state).__name__
     if stage is not None and found != stage:
-        raise ValueError(f"{path}: found a checkpoint of {found!r}, expected one of stage {stage!r}")
+        raise CheckpointError(f"{path}: found a checkpoint of {found!r}, expected one of stage "
+                              f"{stage!r}")
     return state
 
 
@@ -180,8 +195,9 @@ def checksum(tensors):
 # ---- inside the loop -----------------------------------------------------------------------------
 
 def learning_rate(step, config):
-    """Linear warm-up to config.lr over config.warmup steps, constant afterwards."""
-    return config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
+    """Linear warm-up over config.warmup steps, config.lr, linear decay over the last config.cooldown."""
+    return config.lr * min(1.0, (step + 1) / max(config.warmup, 1),
+                           (config.steps - step) / max(config.cooldown, 1))
 
 
 @torch.no_grad()

@@ -1,0 +1,268 @@
+"""From a prompt to a PNG: the chain C -> B -> A (Würstchen, §3.3 and Figure 2).
+
+    text --Stage C, 60 steps--> (16, 3H/128, 3W/128) --Stage B, 12 steps--> (4, H/4, W/4)
+         --Stage A's decoder--> (3, H, W)
+
+    python sample.py "a red star above a blue circle" --out star.png
+    python sample.py --prompts prompts.txt --n 2 --seed 7 --size 256x128
+    python sample.py "a red star" --stages              the way from C's latent to the picture
+    python sample.py --reconstruct photo.png            what Stage A alone loses, and what B loses
+
+The weights are a folder with stage_a/, stage_b/ and stage_c/, each with a checkpoint.pt, as the
+training commands leave it (`--weights runs/pocket`). Prompt, seed and settings are written into
+the PNG's metadata. Picture i of a seed is the same whatever is drawn beside it.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torchvision.transforms.functional import to_tensor
+from tqdm import tqdm
+
+import data
+import semantic_compressor
+import stage_a
+import stage_b
+import stage_c
+from plumbing import run
+
+
+# ---- the chain -----------------------------------------------------------------------------------
+
+@dataclass
+class Chain:
+    """The trained networks of a folder of weights, in eval mode. C is None if only B and A are there."""
+    a: stage_a.StageA
+    b: stage_b.StageB
+    c: stage_c.StageC
+    compressor: semantic_compressor.SemanticCompressor
+    text_b: data.TextEncoder
+    text_c: data.TextEncoder
+
+
+def load_chain(stage_a_path, stage_b_path, stage_c_path=None, clip=None, device="cpu"):
+    """Load the stages and the text encoders that they were trained with.
+
+    Raises run.CheckpointError with a sentence: a missing file, a checkpoint of another stage, or a C
+    that was trained with another compressor than the one beside B.
+    """
+    state_b = run.load_checkpoint(stage_b_path, "B")
+    vqgan = stage_a.load(stage_a_path, device)
+    compressor = semantic_compressor.load(stage_b_path, device)
+    text_b = text_encoder(state_b, stage_b_path, clip, device)
+    if run.checksum(vqgan.state_dict()) != state_b["stage_a"]:
+        raise run.CheckpointError(f"{stage_b_path}: trained on the latents of another Stage A than {stage_a_path}; "
+                         "give the one it was trained with")
+    c, text_c = None, text_b
+    if stage_c_path is not None:
+        state_c = run.load_checkpoint(stage_c_path, "C")
+        if run.checksum(compressor.state_dict()) != state_c["compressor"]:
+            raise run.CheckpointError(f"{stage_c_path}: trained on the latents of another compressor than the one "
+                             f"in {stage_b_path}; Stage C has to be trained again when Stage B was")
+        c = stage_c.load(stage_c_path, device)
+        if state_c["text_encoder"] != state_b["text_encoder"]:
+            text_c = text_encoder(state_c, stage_c_path, clip, device)
+    return Chain(vqgan, stage_b.load(stage_b_path, device), c, compressor, text_b, text_c)
+
+
+def text_encoder(state, path, clip, device):
+    """The text encoder that a checkpoint names; CheckpointError if it is not the one of training."""
+    encoder = data.text_encoder(state["text_encoder"]["name"], clip, device)
+    if encoder.checksum != state["text_encoder"]["checksum"]:
+        raise run.CheckpointError(f"{path}: trained with another text encoder {encoder.name} than the one loaded "
+                         f"(sha256 {encoder.checksum[:12]}, expected "
+                         f"{state['text_encoder']['checksum'][:12]})")
+    return encoder
+
+
+def generators(seeds):
+    """One stream of random numbers per picture, always on the CPU: the same picture on any machine."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_latents(chain, prompts, seeds, height, width, steps=60, guidance=4.0, negative="", history=None):
+    """Stage C: prompts -> standardised latents (B, 16, 3H/128, 3W/128), §3.3."""
+    shape = (len(prompts), chain.c.config.latent_channels, height * 3 // 128, width * 3 // 128)
+    return stage_c.ddpm_sample(chain.c, shape, chain.text_c(prompts), chain.text_c([negative]), steps,
+                               guidance, generator=generators(seeds), history=history)
+
+
+def draw_images(chain, latents, prompts, seeds, steps=12, guidance=None, start="tokens", negative="",
+                history=None):
+    """Stage B and A: standardised compressor latents (B, 16, h, w) -> images (B, 3, 128h/3, 128w/3).
+
+    guidance: None is 4 (§4), or 1 for weights of the released kind. start: "tokens" (§3.3) or
+    "gaussian" (released code). Images are about [0, 1], not clamped.
+    """
+    raw = chain.b.config.condition == "raw"
+    sem = chain.compressor.unstandardise(latents) if raw else latents
+    shape = (len(latents), chain.b.config.latent_channels,
+             latents.shape[2] * 32 // 3, latents.shape[3] * 32 // 3)
+    guidance = (1.0 if raw else 4.0) if guidance is None else guidance
+    noise = generators(seed + 2 ** 32 for seed in seeds)                  # not the noise of Stage C
+    x = chain.a.random_tokens(shape, noise) if start == "tokens" else None
+    drawn = stage_b.ddpm_sample(chain.b, shape, sem, chain.text_b(prompts), torch.zeros_like(sem),
+                                chain.text_b([negative]), steps, guidance, x, noise, history)
+    return chain.a.decode(chain.a.unstandardise(drawn))
+
+
+def decode(latents, captions, stage_a_path, stage_b_path, clip=None):
+    """Standardised compressor latents -> images: Stage C's previews while it trains."""
+    chain = load_chain(stage_a_path, stage_b_path, clip=clip, device=latents.device)
+    return draw_images(chain, latents, captions, range(len(captions)))
+
+
+# ---- two pictures that explain -------------------------------------------------------------------
+
+@torch.no_grad()
+def picture_of_the_way(chain, prompt, seed, height, width, settings):
+    """One row: three channels of C's latent on its way, B's latents on their way decoded by A, the result."""
+    on_the_way_c, on_the_way_b = [], []
+    latents = draw_latents(chain, [prompt], [seed], height, width, settings.steps_c, settings.guidance_c,
+                           settings.negative, on_the_way_c)
+    image = draw_images(chain, latents, [prompt], [seed], settings.steps_b, settings.guidance_b,
+                        settings.start, settings.negative, on_the_way_b)
+
+    def spread(steps, count):
+        return [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)]
+
+    big = torch.nn.functional.interpolate
+    row_c = [big(run.latent_picture(x), (height, width))[0] for x in spread(on_the_way_c, 5)]
+    row_b = [chain.a.decode(chain.a.unstandardise(x))[0] for x in spread(on_the_way_b, 5)]
+    names = [f"Stage C, latent after {share} of its steps" for share in ("1", "1/4", "1/2", "3/4", "all")]
+    names += [f"Stage B after {share} of its steps" for share in ("1", "1/4", "1/2", "3/4", "all")]
+    return run.grid(row_c + row_b, 5, names), image
+
+
+@torch.no_grad()
+def reconstruct(chain, path, prompt, settings):
+    """An image through Stage A alone, and through compressor, B and A: (sheet, the two PSNRs in dB)."""
+    try:
+        image = data.decode(Path(path).read_bytes())
+    except (OSError, data.BadSample) as error:
+        sys.exit(f"{path}: expected an image that Pillow reads ({error})")
+    width, height = (max(128, round(side / 128) * 128) for side in image.size)
+    if (width, height) != image.size:
+        print(f"{path}: {image.size[0]}x{image.size[1]} is resized to {width}x{height}, multiples of 128")
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = to_tensor(image)[None].to(next(chain.a.parameters()).device)   # (1, 3, H, W) in [0, 1]
+    by_a = chain.a.decode(chain.a.encode(pixels))
+    latents = chain.compressor.standardise(chain.compressor(semantic_compressor.resize(pixels)))
+    by_b = draw_images(chain, latents, [prompt], [settings.seed], settings.steps_b, settings.guidance_b,
+                       settings.start, settings.negative)
+    loss_a, loss_b = run.psnr(by_a, pixels), run.psnr(by_b, pixels)
+    captions = ["the image", f"through Stage A alone: {loss_a:.1f} dB",
+                f"through compressor, B and A: {loss_b:.1f} dB"]
+    return run.grid([pixels[0], by_a[0], by_b[0]], 3, captions), (loss_a, loss_b)
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+def read_size(text):
+    """"256x128" -> (width, height) in multiples of 128; anything else is refused with what works."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected WIDTHxHEIGHT, for example 256x128") from None
+    if width % 128 or height % 128 or width < 128 or height < 128:
+        low = [max(128, side // 128 * 128) for side in (width, height)]
+        high = [max(128, -(-side // 128) * 128) for side in (width, height)]
+        raise argparse.ArgumentTypeError(
+            f"{text}: sides must be multiples of 128, so that both latent grids are whole; the nearest "
+            f"that work are {low[0]}x{low[1]} and {high[0]}x{high[1]}")
+    return width, height
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", nargs="*", help="one or more prompts")
+    parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
+    parser.add_argument("--out", default="sample.png")
+    parser.add_argument("--weights", default="runs/pocket", help="folder of the stages (runs/pocket)")
+    parser.add_argument("--clip", metavar="FILE", help="local weights of the CLIP text encoder")
+    parser.add_argument("--n", type=int, default=1, help="pictures per prompt (1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (0)")
+    parser.add_argument("--size", type=read_size, metavar="WxH", help="default: the size of training")
+    parser.add_argument("--steps-c", type=int, default=60, help="Stage C steps (60: §4)")
+    parser.add_argument("--steps-b", type=int, default=12, help="Stage B steps (12: §4)")
+    parser.add_argument("--guidance-c", type=float, default=4.0, help="1 conditional, 0 not (4)")
+    parser.add_argument("--guidance-b", type=float, help="likewise (4: §4; released weights: 1)")
+    parser.add_argument("--start", choices=("tokens", "gaussian"), default="tokens",
+                        help="what Stage B starts from: random codebook tokens (§3.3) or noise")
+    parser.add_argument("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--stages", action="store_true", help="draw the way of the first picture instead")
+    parser.add_argument("--reconstruct", metavar="IMAGE", help="send a picture through the stages instead")
+    settings = parser.parse_args(argv)
+
+    prompts = list(settings.prompt)
+    if settings.prompts:
+        try:
+            lines = Path(settings.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            sys.exit(f"{settings.prompts}: expected a UTF-8 text file with one prompt per line ({error})")
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts and not settings.reconstruct:
+        sys.exit('no prompt: give one, for example `python sample.py "a red star above a blue circle"`')
+    if settings.n < 1 or settings.steps_c < 1 or settings.steps_b < 1 or settings.batch_size < 1:
+        sys.exit("--n, --steps-c, --steps-b and --batch-size are counts: expected 1 or more")
+    if not Path(settings.out).parent.is_dir():
+        sys.exit(f"--out {settings.out}: the folder {Path(settings.out).parent} does not exist")
+
+    folder, device = Path(settings.weights), "cuda" if torch.cuda.is_available() else "cpu"
+    files = [folder / stage / "checkpoint.pt" for stage in ("stage_a", "stage_b", "stage_c")]
+    try:
+        chain = load_chain(files[0], files[1], None if settings.reconstruct else files[2],
+                           settings.clip, device)
+    except (run.CheckpointError, data.DataError) as error:
+        sys.exit(f"{error}\n(--weights {folder} is a folder with stage_a/, stage_b/ and stage_c/, each with "
+                 "the checkpoint.pt that training leaves)")
+
+    about = dict(seed=settings.seed, steps_c=settings.steps_c, steps_b=settings.steps_b,
+                 guidance_c=settings.guidance_c, guidance_b=settings.guidance_b, start=settings.start,
+                 negative=settings.negative, weights=str(folder))
+    if settings.reconstruct:
+        sheet, loss = reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)
+        print(f"Stage A alone {loss[0]:.1f} dB; compressor, B and A {loss[1]:.1f} dB")
+        save(sheet, settings.out, dict(about, reconstruct=settings.reconstruct, prompts=prompts))
+        return
+    width, height = settings.size or (chain.c.config.image_size,) * 2
+    if settings.stages:
+        sheet, _ = picture_of_the_way(chain, prompts[0], settings.seed, height, width, settings)
+        save(sheet, settings.out, dict(about, size=f"{width}x{height}", prompts=prompts[:1]))
+        return
+    jobs = [(prompt, settings.seed + i) for i, prompt in enumerate(
+        prompt for prompt in prompts for _ in range(settings.n))]
+    images = []
+    for first in tqdm(range(0, len(jobs), settings.batch_size), unit="batch", disable=len(jobs) < 2):
+        some, seeds = zip(*jobs[first:first + settings.batch_size])
+        latents = draw_latents(chain, list(some), seeds, height, width, settings.steps_c,
+                               settings.guidance_c, settings.negative)
+        with torch.no_grad():
+            images += draw_images(chain, latents, list(some), seeds, settings.steps_b,
+                                  settings.guidance_b, settings.start, settings.negative).cpu()
+    if len(jobs) == 1:
+        sheet = run.to_pil(images[0])
+    else:
+        columns = settings.n if settings.n > 1 else min(8, len(jobs))
+        sheet = run.grid(images, columns, [prompt for prompt, _ in jobs])
+    save(sheet, settings.out, dict(about, size=f"{width}x{height}", n=settings.n, prompts=prompts))
+
+
+def save(sheet, path, about):
+    """Write the PNG with its settings as JSON under the keyword "parameters"."""
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
+    sheet.save(path, pnginfo=info)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
