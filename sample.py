@@ -216,7 +216,8 @@ def main(argv=None):
     if not Path(settings.out).parent.is_dir():
         sys.exit(f"--out {settings.out}: the folder {Path(settings.out).parent} does not exist")
 
-    folder, device = Path(settings.weights), "cuda" if torch.cuda.is_available() else "cpu"
+    device, _, _ = run.setup(settings.seed)
+    folder = Path(settings.weights)
     files = [folder / stage / "checkpoint.pt" for stage in ("stage_a", "stage_b", "stage_c")]
     try:
         chain = load_chain(files[0], files[1], None if settings.reconstruct else files[2],

@@ -5,6 +5,7 @@ Nothing here owns a loop: each stage's `train()` stays flat and calls these func
 """
 
 import argparse
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -84,11 +85,25 @@ def start(train, *arguments):
 
 # ---- torchrun ------------------------------------------------------------------------------------
 
+def keep_freed_memory():
+    """Let glibc keep what is freed; by default each large tensor costs fresh pages from the kernel.
+
+    On two CPU cores Stage A's training step takes 0.45 s with this and 0.67 s without.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):                              # glibc alone; elsewhere nothing happens
+        m_trim_threshold, m_mmap_max = -1, -4                 # malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
+
+
 def setup(seed):
     """Return (device, rank, world) and seed torch; several processes if started by `torchrun`."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    else:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")            # TF32 for what autocast leaves in fp32
