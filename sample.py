@@ -105,7 +105,7 @@ def draw_images(chain, latents, prompts, seeds, steps=12, guidance=None, start="
     shape = (len(latents), chain.b.config.latent_channels,
              latents.shape[2] * 32 // 3, latents.shape[3] * 32 // 3)
     guidance = (1.0 if raw else 4.0) if guidance is None else guidance
-    noise = generators(seed + 2 ** 32 for seed in seeds)                  # not the noise of Stage C
+    noise = generators((seed + 2 ** 31) % 2 ** 32 for seed in seeds)      # not the noise of Stage C
     x = chain.a.random_tokens(shape, noise) if start == "tokens" else None
     drawn = stage_b.ddpm_sample(chain.b, shape, sem, chain.text_b(prompts), torch.zeros_like(sem),
                                 chain.text_b([negative]), steps, guidance, x, noise, history)

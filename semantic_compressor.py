@@ -47,7 +47,7 @@ class Config:
 PRESETS = {
     "paper": Config(),
     "released": Config(affine=True, latent_mean=-1.0, latent_std=42.0),   # official code, (z + 1) / 42
-    "pocket": Config(backbone="narrow", imagenet=False),                  # ours: 1.6 M parameters
+    "pocket": Config(backbone="narrow", imagenet=False),                  # ours: 1.1 M parameters
 }
 
 
@@ -65,7 +65,7 @@ def efficientnet_features(name):
         tv.FusedMBConvConfig(1, 3, 1, 8, 8, 1), tv.FusedMBConvConfig(4, 3, 2, 8, 24, 1),
         tv.FusedMBConvConfig(4, 3, 2, 24, 48, 1), tv.MBConvConfig(4, 3, 2, 48, 96, 2),
         tv.MBConvConfig(4, 3, 1, 96, 96, 2), tv.MBConvConfig(6, 3, 2, 96, 128, 3)]
-    # no stochastic depth: it is a regulariser, and the drawings never run out
+    # no stochastic depth: a regulariser that a network this small does not need
     net = tv.EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.0, last_channel=512,
                           norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
     return net.features, 512
@@ -124,11 +124,25 @@ def imagenet_weights(model):
 
 
 @torch.no_grad()
+def settle(model, images):
+    """Measure the BatchNorm statistics of `model` anew, in place, on one batch of training images.
+
+    images: (N, 3, 3H/4, 3W/4). Running statistics lag behind weights that change, and those of an
+    average of weights (EMA) were never measured.
+    """
+    with torch.random.fork_rng():                     # stochastic depth draws; training must not notice
+        torch.optim.swa_utils.update_bn([images], model)
+
+
+@torch.no_grad()
 def latent_scale(model, images):
-    """(mean, std) of the raw latents of `images` (at the compressor's size) in eval mode."""
+    """(mean, std) of the raw latents of `images` (at the compressor's size), in eval mode."""
     training = model.training
     latents = torch.cat([model.eval()(part) for part in images.split(32)]).float()
     model.train(training)
+    if not latents.isfinite().all():
+        raise FloatingPointError("the compressor's latents are not finite any more, so nothing was saved; "
+                                 "the checkpoint is the one before. Try a lower --lr")
     return latents.mean().item(), latents.std().item()
 
 
@@ -136,6 +150,7 @@ def load(path, device="cpu"):
     """Rebuild the trained compressor from the Stage B checkpoint that holds it, in eval mode."""
     from plumbing import run
     state = run.load_checkpoint(path, "B")
-    model = SemanticCompressor(Config(**state["compressor_config"]))
-    model.load_state_dict(state["compressor_ema"])
+    with torch.device("meta"):                 # no initial weights: no time, no random numbers
+        model = SemanticCompressor(Config(**state["compressor_config"]))
+    model.load_state_dict(state["compressor_ema"], assign=True)
     return model.to(device).eval().requires_grad_(False)

@@ -124,9 +124,12 @@ class VectorQuantizer(nn.Module):
         """(B, C, h, w) -> quantised (B, C, h, w), indices (B, h, w) int64, loss (scalar)."""
         x = latents.permute(0, 2, 3, 1)                                   # (B, h, w, C)
         codes = self.embedding.weight
-        with torch.no_grad():                                             # |x - e|^2 without |x|^2
-            distance = codes.square().sum(1) - 2 * x.flatten(0, 2) @ codes.T    # (B*h*w, K)
-            indices = distance.argmin(1).view(x.shape[:3])                # (B, h, w)
+        # The nearest code by |e|^2 - 2 x.e, which is |x - e|^2 without |x|^2; in float32 even under
+        # autocast (bf16 picks another code for one vector in seven), 32,768 vectors at a time.
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            indices = torch.cat([
+                (codes.square().sum(1) - 2 * rows.float() @ codes.T).argmin(1)    # (rows, K) -> (rows,)
+                for rows in x.flatten(0, 2).split(32_768)]).view(x.shape[:3])     # (B, h, w)
         quantised = self.embedding(indices).permute(0, 3, 1, 2)           # (B, C, h, w)
         # The first term moves codes towards latents, the second latents towards codes.
         vq_loss = (F.mse_loss(quantised, latents.detach())
@@ -198,8 +201,9 @@ def load(path, device="cpu"):
     """Rebuild a trained StageA from its checkpoint alone, in eval mode."""
     from plumbing import run
     state = run.load_checkpoint(path, "A")
-    model = StageA(Config(**state["config"]))
-    model.load_state_dict(state["model"])
+    with torch.device("meta"):                 # no initial weights: no time, no random numbers
+        model = StageA(Config(**state["config"]))
+    model.load_state_dict(state["model"], assign=True)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -322,6 +326,9 @@ def latent_scale(model, images):
     training = model.training
     latents = torch.cat([model.eval().encode(part) for part in images.split(32)]).float()
     model.train(training)
+    if not latents.isfinite().all():
+        raise FloatingPointError("Stage A's latents are not finite any more, so nothing was saved; the "
+                                 "checkpoint is the one before. Try a lower --lr")
     return latents.mean().item(), latents.std().item()
 
 
@@ -348,14 +355,15 @@ def train(config, source, out):
     first = data.CaptionedImages(source, resize=config.resize, crop=config.crop, center=True)
     fixed = next(data.stream(first, 128, seed=config.seed))["images"].to(device)   # preview, scale
 
-    state = run.resume(out / "checkpoint.pt", "A", config, device, rank)
+    given = dict(samples=len(dataset))
+    state = run.resume(out / "checkpoint.pt", "A", config, device, rank, given)
     if state:
         model.load_state_dict(state["model"])
         discriminator.load_state_dict(state["discriminator"])
         optimizer.load_state_dict(state["optimizer"])
         optimizer_d.load_state_dict(state["optimizer_d"])
         used.copy_(state["used"])
-        start, position = state["step"], state["position"]
+        start, position, state = state["step"], state["position"], None   # its memory is needed
     elif rank:
         torch.manual_seed(config.seed + rank)                             # other noise on each rank
     if config.compile:
@@ -371,13 +379,14 @@ def train(config, source, out):
         for _ in range(config.accumulate):
             # batch
             batch = next(batches)
-            images = batch["images"].to(device, non_blocking=True)        # (B, 3, crop, crop)
+            images = batch["images"].to(device)                           # (B, 3, crop, crop)
             position = batch["position"]
             # loss
             record = {}
             if step == 0:                                                 # data-dependent codebook
                 with torch.no_grad():
                     revive_codes(model, model.encode(images), used)
+                run.agree(used, model.vquantizer.embedding.weight.data, world)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 value = loss(model, images, perceptual, discriminator if adversarial else None,
                              record=record)
@@ -393,20 +402,24 @@ def train(config, source, out):
         # clip
         run.average_gradients(model.parameters(), world)
         grad = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        grad_d = torch.zeros(())
+        if adversarial:
+            run.average_gradients(discriminator.parameters(), world)
+            grad_d = nn.utils.clip_grad_norm_(discriminator.parameters(), config.grad_clip)
         # lr, step
         lr = run.learning_rate(step, config)
         for group in optimizer.param_groups + optimizer_d.param_groups:
             group["lr"] = lr
-        if not guard.is_bad(grad, step):
+        if not guard.is_bad(grad + grad_d.to(device), step):
             optimizer.step()
             if adversarial:
-                run.average_gradients(discriminator.parameters(), world)
-                nn.utils.clip_grad_norm_(discriminator.parameters(), config.grad_clip)
                 optimizer_d.step()
-        done, last = step + 1, step + 1 == config.steps or stop.asked
+        done, last = step + 1, stop.now(device, world) or step + 1 == config.steps
         code_use = used.float().mean()                                    # since the last revival
         if done % config.revive_every == 0:
+            run.agree(used, model.vquantizer.embedding.weight.data, world)
             revive_codes(model, record["latents"], used)
+            run.agree(used, model.vquantizer.embedding.weight.data, world)
             used.zero_()
         # log
         log.step(len(images) * config.accumulate * world)
@@ -425,7 +438,7 @@ def train(config, source, out):
                 stage="A", config=asdict(replace(config, latent_mean=mean, latent_std=std)),
                 step=done, position=position, model=model.state_dict(), used=used,
                 discriminator=discriminator.state_dict(), optimizer=optimizer.state_dict(),
-                optimizer_d=optimizer_d.state_dict(), random=run.random_state(device)))
+                optimizer_d=optimizer_d.state_dict(), random=run.random_state(device), **given))
             log.pause()
         if last:
             break

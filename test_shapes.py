@@ -733,6 +733,20 @@ def test_discriminator_starts_at_its_step(drawings, tmp_path):
     assert not torch.equal(before["layers.0.weight"], after["layers.0.weight"])
 
 
+def test_settle():
+    """settle() gives an averaged compressor statistics of its own: eval mode then standardises."""
+    model = shake(semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"]))
+    images = torch.rand(64, 3, 96, 96)
+    before = model.eval()(images).detach()
+    semantic_compressor.settle(model, images)
+    mean, std = semantic_compressor.latent_scale(model, images)
+    after = model(images).detach()
+    assert abs(before.std() - 1) > 0.1 and abs(std - 1) < 0.05 and abs(mean) < 0.05
+    assert not model.training
+    assert_close(torch.tensor([mean, std]), torch.stack([after.mean(), after.std()]),
+                 atol=1e-4, rtol=0)
+
+
 def test_checkpoint_keeps_the_scale(chain):
     """A's and the compressor's measured (mean, std) are in the checkpoint's config and used by load()."""
     a = stage_a.load(chain / "stage_a/checkpoint.pt")

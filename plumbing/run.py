@@ -52,6 +52,9 @@ def parse(Config, presets, doc, argv=None, preset="paper", **paths):
     fields = {field.name for field in dataclasses.fields(Config)}
     changed = {name: value for name, value in given.items() if name in fields}
     others = {name: value for name, value in given.items() if name not in fields}
+    if others["preset"] != "pocket" and not torch.cuda.is_available():
+        print(f"note: no GPU is visible and the preset {others['preset']!r} is made for one; "
+              "--preset pocket is made for the CPU", file=sys.stderr, flush=True)
     return dataclasses.replace(presets[others["preset"]], **changed), argparse.Namespace(**others)
 
 
@@ -70,6 +73,10 @@ def required(path, what, how):
     return Path(path)
 
 
+class ConfigError(ValueError):
+    """Settings that do not fit together; the message is one sentence."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one sentence with its path."""
 
@@ -79,8 +86,13 @@ def start(train, *arguments):
     from data import DataError
     try:
         return train(*arguments)
-    except (DataError, CheckpointError, FileNotFoundError) as error:
+    except (DataError, CheckpointError, ConfigError, FloatingPointError) as error:
         sys.exit(str(error))
+    except torch.cuda.OutOfMemoryError as error:
+        sys.exit(f"the GPU's memory is full ({str(error).partition('.')[0]}); try half the --batch-size "
+                 "with twice the --accumulate")
+    except KeyboardInterrupt:
+        sys.exit("stopped before the first step or by a second Ctrl-C; checkpoints are as they were")
 
 
 # ---- torchrun ------------------------------------------------------------------------------------
@@ -129,6 +141,15 @@ def average_gradients(parameters, world):
             parameter.grad /= world
 
 
+def agree(flags, tensor, world):
+    """After it every process has the union of all `flags` (bool) and rank 0's `tensor`."""
+    if world > 1:
+        union = flags.float()
+        dist.all_reduce(union, dist.ReduceOp.MAX)
+        flags.copy_(union > 0)
+        dist.broadcast(tensor, 0)
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 def save_checkpoint(path, state):
@@ -153,7 +174,7 @@ def load_checkpoint(path, stage=None):
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file; expected a checkpoint of stage {stage}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint "
                               f"({str(error).splitlines()[0]})") from None
@@ -172,19 +193,26 @@ def random_state(device):
     return state
 
 
-def resume(path, stage, config, device, rank, free=("steps", "workers", "compile")):
+# what may change when a run goes on: its length, and what is about the machine and the log
+FREE = {"steps", "cooldown", "workers", "compile", "log_every", "preview_every", "save_every",
+        "latent_mean", "latent_std"}
+
+
+def resume(path, stage, config, device, rank, given):
     """Load the checkpoint that `--out` holds, or None. Restores the random numbers.
 
-    The config must be the one of the run, but for the fields in `free` and those that are about
-    logging: a run that goes on with other numbers would be two runs under one name.
+    The config must be the one of the run, but for the fields in FREE, and so must everything in
+    `given` (the number of samples, the other stages' checksums): a run that goes on with other
+    numbers would be two runs under one name.
     """
     if not Path(path).is_file():
         return None
     state = load_checkpoint(path, stage)
-    free = set(free) | {"log_every", "preview_every", "save_every", "latent_mean", "latent_std"}
     now, then = dataclasses.asdict(config), state["config"]
     differ = [f"--{name.replace('_', '-')} is {now[name]}, was {then.get(name)}"
-              for name in now if name not in free and now[name] != then.get(name)]
+              for name in now if name not in FREE and now[name] != then.get(name)]
+    differ += [f"{name} is {value}, was {state.get(name)}" for name, value in given.items()
+               if state.get(name) != value]
     if differ:
         sys.exit(f"{path}: this run was started with another configuration ({'; '.join(differ)}); "
                  "give the old values to go on with it, or another --out to start anew")
@@ -255,6 +283,14 @@ class StopSignal:
     def ask(self, number, frame):
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def now(self, device, world):
+        """Whether to stop after this step; all processes agree, whichever of them was asked."""
+        if world > 1:
+            asked = torch.tensor(float(self.asked), device=device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.asked = bool(asked)
+        return self.asked
 
 
 def by_level(record, edges=(0.25, 0.5, 0.75, 1.0)):
