@@ -651,8 +651,8 @@ def remember(dataset, encode, batch_size=64, workers=0, label="encode"):
     """Run encode(batch) -> tuple of tensors (B, ...) once over everything, keep it in memory.
 
     For what does not change while a stage trains. Images come with the crops of epoch 0, or
-    centred where the dataset has center=True. Floats
-    are kept as float16, half the memory; -> a Memory, which stream() takes in place of dataset.
+    centred where the dataset has center=True. Floats are kept as float16, half the memory;
+    -> a Memory, which stream() takes in place of dataset.
     """
     everything = [list(range(i, min(i + batch_size, len(dataset))))
                   for i in range(0, len(dataset), batch_size)]

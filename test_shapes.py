@@ -261,6 +261,21 @@ def test_loss_is_weighted_by_p2():
     assert_close(record[0][1], torch.ones(2))                # and the record is not weighted
 
 
+def test_stage_b_weight():
+    """Stage B's loss is the plain error of the noise, and with a cap the error in x_0 up to the cap."""
+    class Fixed(nn.Module):
+        config = replace(TINY_B, weight_cap=0.0)
+
+        def forward(self, x_t, t, sem, text):
+            return torch.zeros_like(x_t)
+    model, x_0, t = Fixed(), torch.zeros(2, 4, 4, 4), torch.tensor([0.5, 0.99])
+    assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0)), torch.tensor(1.0))
+    model.config = replace(TINY_B, weight_cap=20.0)           # (1 - a) / a at t = .5 is 0.506 / 0.494
+    expected = torch.tensor((0.5060 / 0.4940 + 20) / 2)
+    assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0)), expected, atol=1e-3, rtol=0)
+    assert stage_b.PRESETS["paper"].weight_cap == stage_b.PRESETS["released"].weight_cap == 0
+
+
 @pytest.mark.parametrize("module", [stage_b, stage_c])
 def test_schedule(module):
     """alpha_bar falls strictly from .9999 to .0001, noised data keep variance 1, draw_t is as described."""
