@@ -37,7 +37,7 @@ from plumbing import run
 
 @dataclass
 class Chain:
-    """The trained networks of a folder of weights, in eval mode. C is None if only B and A are there."""
+    """The trained networks in eval mode. `c` is None where only B and A were asked for."""
     a: stage_a.StageA
     b: stage_b.StageB
     c: stage_c.StageC
@@ -49,22 +49,23 @@ class Chain:
 def load_chain(stage_a_path, stage_b_path, stage_c_path=None, clip=None, device="cpu"):
     """Load the stages and the text encoders that they were trained with.
 
-    Raises run.CheckpointError with a sentence: a missing file, a checkpoint of another stage, or a C
-    that was trained with another compressor than the one beside B.
+    Raises run.CheckpointError with a sentence: a missing file, a checkpoint of another stage, or
+    stages that were not trained on each other.
     """
     state_b = run.load_checkpoint(stage_b_path, "B")
     vqgan = stage_a.load(stage_a_path, device)
     compressor = semantic_compressor.load(stage_b_path, device)
     text_b = text_encoder(state_b, stage_b_path, clip, device)
     if run.checksum(vqgan.state_dict()) != state_b["stage_a"]:
-        raise run.CheckpointError(f"{stage_b_path}: trained on the latents of another Stage A than {stage_a_path}; "
-                         "give the one it was trained with")
+        raise run.CheckpointError(f"{stage_b_path}: trained on the latents of another Stage A than "
+                                  f"{stage_a_path}; give the one it was trained with")
     c, text_c = None, text_b
     if stage_c_path is not None:
         state_c = run.load_checkpoint(stage_c_path, "C")
         if run.checksum(compressor.state_dict()) != state_c["compressor"]:
-            raise run.CheckpointError(f"{stage_c_path}: trained on the latents of another compressor than the one "
-                             f"in {stage_b_path}; Stage C has to be trained again when Stage B was")
+            raise run.CheckpointError(
+                f"{stage_c_path}: trained on the latents of another compressor than the one in "
+                f"{stage_b_path}; Stage C has to be trained again when Stage B was")
         c = stage_c.load(stage_c_path, device)
         if state_c["text_encoder"] != state_b["text_encoder"]:
             text_c = text_encoder(state_c, stage_c_path, clip, device)
@@ -72,30 +73,32 @@ def load_chain(stage_a_path, stage_b_path, stage_c_path=None, clip=None, device=
 
 
 def text_encoder(state, path, clip, device):
-    """The text encoder that a checkpoint names; CheckpointError if it is not the one of training."""
+    """The text encoder a checkpoint names; CheckpointError if it is not the one of training."""
     encoder = data.text_encoder(state["text_encoder"]["name"], clip, device)
     if encoder.checksum != state["text_encoder"]["checksum"]:
-        raise run.CheckpointError(f"{path}: trained with another text encoder {encoder.name} than the one loaded "
-                         f"(sha256 {encoder.checksum[:12]}, expected "
-                         f"{state['text_encoder']['checksum'][:12]})")
+        raise run.CheckpointError(
+            f"{path}: trained with another text encoder {encoder.name} than the one loaded (sha256 "
+            f"{encoder.checksum[:12]}, expected {state['text_encoder']['checksum'][:12]})")
     return encoder
 
 
 def generators(seeds):
-    """One stream of random numbers per picture, always on the CPU: the same picture on any machine."""
+    """One stream of random numbers per picture, always on the CPU: the same on any machine."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def draw_latents(chain, prompts, seeds, height, width, steps=60, guidance=4.0, negative="", history=None):
+def draw_latents(chain, prompts, seeds, height, width, steps=60, guidance=4.0, negative="",
+                 history=None):
     """Stage C: prompts -> standardised latents (B, 16, 3H/128, 3W/128), §3.3."""
     shape = (len(prompts), chain.c.config.latent_channels, height * 3 // 128, width * 3 // 128)
-    return stage_c.ddpm_sample(chain.c, shape, chain.text_c(prompts), chain.text_c([negative]), steps,
-                               guidance, generator=generators(seeds), history=history)
+    return stage_c.ddpm_sample(
+        chain.c, shape, chain.text_c(prompts), chain.text_c([negative]), steps, guidance,
+        generator=generators(seeds), history=history)
 
 
-def draw_images(chain, latents, prompts, seeds, steps=12, guidance=None, start="tokens", negative="",
-                history=None):
-    """Stage B and A: standardised compressor latents (B, 16, h, w) -> images (B, 3, 128h/3, 128w/3).
+def draw_images(chain, latents, prompts, seeds, steps=12, guidance=None, start="tokens",
+                negative="", history=None):
+    """Stages B and A: standardised compressor latents (B, 16, h, w) -> (B, 3, 128h/3, 128w/3).
 
     guidance: None is 4 (§4), or 1 for weights of the released kind. start: "tokens" (§3.3) or
     "gaussian" (released code). Images are about [0, 1], not clamped.
@@ -122,10 +125,10 @@ def decode(latents, captions, stage_a_path, stage_b_path, clip=None):
 
 @torch.no_grad()
 def picture_of_the_way(chain, prompt, seed, height, width, settings):
-    """One row: three channels of C's latent on its way, B's latents on their way decoded by A, the result."""
+    """C's latent on its way (three channels), B's (decoded by A); and the final picture."""
     on_the_way_c, on_the_way_b = [], []
-    latents = draw_latents(chain, [prompt], [seed], height, width, settings.steps_c, settings.guidance_c,
-                           settings.negative, on_the_way_c)
+    latents = draw_latents(chain, [prompt], [seed], height, width, settings.steps_c,
+                           settings.guidance_c, settings.negative, on_the_way_c)
     image = draw_images(chain, latents, [prompt], [seed], settings.steps_b, settings.guidance_b,
                         settings.start, settings.negative, on_the_way_b)
 
@@ -135,27 +138,27 @@ def picture_of_the_way(chain, prompt, seed, height, width, settings):
     big = torch.nn.functional.interpolate
     row_c = [big(run.latent_picture(x), (height, width))[0] for x in spread(on_the_way_c, 5)]
     row_b = [chain.a.decode(chain.a.unstandardise(x))[0] for x in spread(on_the_way_b, 5)]
-    names = [f"Stage C, latent after {share} of its steps" for share in ("1", "1/4", "1/2", "3/4", "all")]
-    names += [f"Stage B after {share} of its steps" for share in ("1", "1/4", "1/2", "3/4", "all")]
+    shares = ("the first step", "1/4", "1/2", "3/4", "all steps")
+    names = [f"Stage {stage} after {share}" for stage in "CB" for share in shares]
     return run.grid(row_c + row_b, 5, names), image
 
 
 @torch.no_grad()
 def reconstruct(chain, path, prompt, settings):
-    """An image through Stage A alone, and through compressor, B and A: (sheet, the two PSNRs in dB)."""
+    """An image through A alone, and through compressor, B and A: (sheet, the two PSNRs in dB)."""
     try:
         image = data.decode(Path(path).read_bytes())
     except (OSError, data.BadSample) as error:
         sys.exit(f"{path}: expected an image that Pillow reads ({error})")
     width, height = (max(128, round(side / 128) * 128) for side in image.size)
     if (width, height) != image.size:
-        print(f"{path}: {image.size[0]}x{image.size[1]} is resized to {width}x{height}, multiples of 128")
+        print(f"{path}: {image.size[0]}x{image.size[1]} is resized to {width}x{height}")
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = to_tensor(image)[None].to(next(chain.a.parameters()).device)   # (1, 3, H, W) in [0, 1]
     by_a = chain.a.decode(chain.a.encode(pixels))
     latents = chain.compressor.standardise(chain.compressor(semantic_compressor.resize(pixels)))
-    by_b = draw_images(chain, latents, [prompt], [settings.seed], settings.steps_b, settings.guidance_b,
-                       settings.start, settings.negative)
+    by_b = draw_images(chain, latents, [prompt], [settings.seed], settings.steps_b,
+                       settings.guidance_b, settings.start, settings.negative)
     loss_a, loss_b = run.psnr(by_a, pixels), run.psnr(by_b, pixels)
     captions = ["the image", f"through Stage A alone: {loss_a:.1f} dB",
                 f"through compressor, B and A: {loss_b:.1f} dB"]
@@ -165,17 +168,17 @@ def reconstruct(chain, path, prompt, settings):
 # ---- command line --------------------------------------------------------------------------------
 
 def read_size(text):
-    """"256x128" -> (width, height) in multiples of 128; anything else is refused with what works."""
+    """"256x128" -> (width, height), multiples of 128; anything else is refused with what works."""
     try:
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected WIDTHxHEIGHT, for example 256x128") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: expected WIDTHxHEIGHT, as 256x128") from None
     if width % 128 or height % 128 or width < 128 or height < 128:
         low = [max(128, side // 128 * 128) for side in (width, height)]
         high = [max(128, -(-side // 128) * 128) for side in (width, height)]
         raise argparse.ArgumentTypeError(
-            f"{text}: sides must be multiples of 128, so that both latent grids are whole; the nearest "
-            f"that work are {low[0]}x{low[1]} and {high[0]}x{high[1]}")
+            f"{text}: sides must be multiples of 128, so that both latent grids are whole; the "
+            f"nearest that work are {low[0]}x{low[1]} and {high[0]}x{high[1]}")
     return width, height
 
 
@@ -185,21 +188,21 @@ def main(argv=None):
     parser.add_argument("prompt", nargs="*", help="one or more prompts")
     parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
     parser.add_argument("--out", default="sample.png")
-    parser.add_argument("--weights", default="runs/pocket", help="folder of the stages (runs/pocket)")
+    parser.add_argument("--weights", default="runs/pocket", help="folder (runs/pocket)")
     parser.add_argument("--clip", metavar="FILE", help="local weights of the CLIP text encoder")
     parser.add_argument("--n", type=int, default=1, help="pictures per prompt (1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (0)")
-    parser.add_argument("--size", type=read_size, metavar="WxH", help="default: the size of training")
+    parser.add_argument("--size", type=read_size, metavar="WxH", help="default: as in training")
     parser.add_argument("--steps-c", type=int, default=60, help="Stage C steps (60: §4)")
     parser.add_argument("--steps-b", type=int, default=12, help="Stage B steps (12: §4)")
     parser.add_argument("--guidance-c", type=float, default=4.0, help="1 conditional, 0 not (4)")
     parser.add_argument("--guidance-b", type=float, help="likewise (4: §4; released weights: 1)")
     parser.add_argument("--start", choices=("tokens", "gaussian"), default="tokens",
                         help="what Stage B starts from: random codebook tokens (§3.3) or noise")
-    parser.add_argument("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
+    parser.add_argument("--negative", default="", metavar="PROMPT", help="to be led away from")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--stages", action="store_true", help="draw the way of the first picture instead")
-    parser.add_argument("--reconstruct", metavar="IMAGE", help="send a picture through the stages instead")
+    parser.add_argument("--stages", action="store_true", help="draw the way of one picture instead")
+    parser.add_argument("--reconstruct", metavar="IMAGE", help="what each stage loses of an image")
     settings = parser.parse_args(argv)
 
     prompts = list(settings.prompt)
@@ -207,10 +210,10 @@ def main(argv=None):
         try:
             lines = Path(settings.prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            sys.exit(f"{settings.prompts}: expected a UTF-8 text file with one prompt per line ({error})")
+            sys.exit(f"{settings.prompts}: expected UTF-8 text, a prompt on each line ({error})")
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts and not settings.reconstruct:
-        sys.exit('no prompt: give one, for example `python sample.py "a red star above a blue circle"`')
+        sys.exit('no prompt: give one, as `python sample.py "a red star above a blue circle"`')
     if settings.n < 1 or settings.steps_c < 1 or settings.steps_b < 1 or settings.batch_size < 1:
         sys.exit("--n, --steps-c, --steps-b and --batch-size are counts: expected 1 or more")
     if not Path(settings.out).parent.is_dir():
@@ -223,12 +226,12 @@ def main(argv=None):
         chain = load_chain(files[0], files[1], None if settings.reconstruct else files[2],
                            settings.clip, device)
     except (run.CheckpointError, data.DataError) as error:
-        sys.exit(f"{error}\n(--weights {folder} is a folder with stage_a/, stage_b/ and stage_c/, each with "
-                 "the checkpoint.pt that training leaves)")
+        sys.exit(f"{error}\n(--weights {folder}: expected a folder with stage_a/, stage_b/ and "
+                 "stage_c/, each with the checkpoint.pt that training leaves)")
 
     about = dict(seed=settings.seed, steps_c=settings.steps_c, steps_b=settings.steps_b,
-                 guidance_c=settings.guidance_c, guidance_b=settings.guidance_b, start=settings.start,
-                 negative=settings.negative, weights=str(folder))
+                 guidance_c=settings.guidance_c, guidance_b=settings.guidance_b,
+                 start=settings.start, negative=settings.negative, weights=str(folder))
     if settings.reconstruct:
         sheet, loss = reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)
         print(f"Stage A alone {loss[0]:.1f} dB; compressor, B and A {loss[1]:.1f} dB")
@@ -242,7 +245,7 @@ def main(argv=None):
     jobs = [(prompt, settings.seed + i) for i, prompt in enumerate(
         prompt for prompt in prompts for _ in range(settings.n))]
     images = []
-    for first in tqdm(range(0, len(jobs), settings.batch_size), unit="batch", disable=len(jobs) < 2):
+    for first in tqdm(range(0, len(jobs), settings.batch_size), unit="batch"):
         some, seeds = zip(*jobs[first:first + settings.batch_size])
         latents = draw_latents(chain, list(some), seeds, height, width, settings.steps_c,
                                settings.guidance_c, settings.negative)

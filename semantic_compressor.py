@@ -33,20 +33,20 @@ import torch.nn.functional as F
 @dataclass(frozen=True)
 class Config:
     backbone: str = "efficientnet_v2_s"   # paper, §3.4; "narrow" is the pocket one
-    imagenet: bool = True                 # paper, §3.1: initialised from ImageNet when training starts
+    imagenet: bool = True                 # paper, §3.1: its weights, when training starts
     latent_channels: int = 16             # paper, §3.1
     # departs: no scale and shift in the last BatchNorm. The compressor is trained jointly with a
-    # Stage B that sees noise of fixed size on its latents; with them it could grow its latents until
-    # that noise is nothing, and Stage C would inherit a space that means nothing. (Released: True.)
+    # Stage B that sees noise of fixed size on its latents; with them it could grow its latents
+    # until that noise is nothing, and Stage C would inherit a space of no scale. (Released: True.)
     affine: bool = False
-    # the scale of the latents: standardised = (raw - mean) / std. Measured when a checkpoint is written
+    # scale of the latents, standardised = (raw - mean) / std: measured when a checkpoint is written
     latent_mean: float = 0.0
     latent_std: float = 1.0
 
 
 PRESETS = {
     "paper": Config(),
-    "released": Config(affine=True, latent_mean=-1.0, latent_std=42.0),   # official code, (z + 1) / 42
+    "released": Config(affine=True, latent_mean=-1.0, latent_std=42.0),   # official: (z + 1) / 42
     "pocket": Config(backbone="narrow", imagenet=False),                  # ours: 1.1 M parameters
 }
 
@@ -83,10 +83,10 @@ class SemanticCompressor(nn.Module):
             nn.BatchNorm2d(config.latent_channels, affine=config.affine))
 
     def forward(self, images):
-        """Images already at the compressor's size (see `resize`), in [0, 1]. ImageNet mean and std: E.2."""
+        """images: at the compressor's size (see `resize`), in [0, 1]; normalised here as in E.2."""
         if images.shape[-2] % 32 or images.shape[-1] % 32:
             raise ValueError(f"the Semantic Compressor found an image of {images.shape[-2]}x"
-                             f"{images.shape[-1]}, expected multiples of 32 (3/4 of multiples of 128)")
+                             f"{images.shape[-1]}, expected multiples of 32")
         mean = images.new_tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
         std = images.new_tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
         return self.mapper(self.backbone((images - mean) / std))          # (B, 16, h, w)
@@ -106,18 +106,20 @@ def resize(images):
     """
     H, W = images.shape[-2:]
     if H % 128 or W % 128:
-        raise ValueError(f"found an image of {H}x{W}, expected height and width to be multiples of 128")
-    return F.interpolate(images, (H * 3 // 4, W * 3 // 4), mode="bicubic", antialias=True).clamp(0, 1)
+        raise ValueError(f"found an image of {H}x{W}, expected sides that are multiples of 128")
+    small = (H * 3 // 4, W * 3 // 4)
+    return F.interpolate(images, small, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def imagenet_weights(model):
-    """Fill the backbone with torchvision's ImageNet weights (§3.1; a download). Training calls this."""
+    """Fill the backbone with torchvision's ImageNet weights (§3.1; a download)."""
     from torchvision.models import EfficientNet_V2_S_Weights
     try:
         state = EfficientNet_V2_S_Weights.DEFAULT.get_state_dict(progress=True)
     except OSError as error:                                              # URLError is an OSError
-        sys.exit(f"the ImageNet weights of EfficientNetV2-S could not be downloaded ({error}); go online "
-                 "once, or put efficientnet_v2_s-dd5fe13b.pth into ~/.cache/torch/hub/checkpoints/")
+        sys.exit(f"the ImageNet weights of EfficientNetV2-S could not be downloaded ({error}); go "
+                 "online once, or put efficientnet_v2_s-dd5fe13b.pth into the folder "
+                 "~/.cache/torch/hub/checkpoints/")
     prefix = "features."
     model.backbone.load_state_dict(
         {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)})
@@ -130,7 +132,7 @@ def settle(model, images):
     images: (N, 3, 3H/4, 3W/4). Running statistics lag behind weights that change, and those of an
     average of weights (EMA) were never measured.
     """
-    with torch.random.fork_rng():                     # stochastic depth draws; training must not notice
+    with torch.random.fork_rng():              # stochastic depth draws, training must not notice
         torch.optim.swa_utils.update_bn([images], model)
 
 
@@ -141,8 +143,8 @@ def latent_scale(model, images):
     latents = torch.cat([model.eval()(part) for part in images.split(32)]).float()
     model.train(training)
     if not latents.isfinite().all():
-        raise FloatingPointError("the compressor's latents are not finite any more, so nothing was saved; "
-                                 "the checkpoint is the one before. Try a lower --lr")
+        raise FloatingPointError("the compressor's latents are not finite any more, so nothing was "
+                                 "saved; the checkpoint is the one before. Try a lower --lr")
     return latents.mean().item(), latents.std().item()
 
 

@@ -39,11 +39,11 @@ import torch.nn.functional as F
 @dataclass(frozen=True)
 class Config:
     # architecture
-    widths: tuple = (192, 384)         # official code. departs: E.1's "all blocks 384" fits no count
+    widths: tuple = (192, 384)         # official code. departs: E.1's "all 384" fits no count
     decoder_blocks: int = 16           # paper, E.1 (released: 12)
     latent_channels: int = 4           # paper, E.1
     codebook_size: int = 8192          # paper, §3.1
-    # the scale of the latents: standardised = (raw - mean) / std. Measured when a checkpoint is written
+    # scale of the latents, standardised = (raw - mean) / std: measured when a checkpoint is written
     latent_mean: float = 0.0
     latent_std: float = 1.0
     # loss
@@ -113,7 +113,7 @@ class ResBlock(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """The codebook: replaces each latent vector by the nearest of K codes (van den Oord et al., 2017)."""
+    """The codebook: each latent vector becomes the nearest of K codes (VQ-VAE)."""
 
     def __init__(self, codebook_size, channels):
         super().__init__()
@@ -128,7 +128,7 @@ class VectorQuantizer(nn.Module):
         # autocast (bf16 picks another code for one vector in seven), 32,768 vectors at a time.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             indices = torch.cat([
-                (codes.square().sum(1) - 2 * rows.float() @ codes.T).argmin(1)    # (rows, K) -> (rows,)
+                (codes.square().sum(1) - 2 * rows.float() @ codes.T).argmin(1)    # (n, K) -> (n,)
                 for rows in x.flatten(0, 2).split(32_768)]).view(x.shape[:3])     # (B, h, w)
         quantised = self.embedding(indices).permute(0, 3, 1, 2)           # (B, C, h, w)
         # The first term moves codes towards latents, the second latents towards codes.
@@ -164,7 +164,10 @@ class StageA(nn.Module):
         self.out_block = nn.Sequential(nn.Conv2d(c0, 3 * 4, 1), nn.PixelShuffle(2))
 
     def encode(self, images):
-        """(B, 3, H, W) in [0, 1] -> unquantised latents (B, 4, H/4, W/4). ValueError if 4 does not divide."""
+        """(B, 3, H, W) in [0, 1] -> unquantised latents (B, 4, H/4, W/4).
+
+        ValueError if H or W is not a multiple of 4.
+        """
         if images.shape[-2] % 4 or images.shape[-1] % 4:
             raise ValueError(f"Stage A found an image of {images.shape[-2]}x{images.shape[-1]}, "
                              "expected height and width to be multiples of 4")
@@ -190,9 +193,10 @@ class StageA(nn.Module):
 
         shape: (B, 4, h, w). generators: None, or one torch.Generator for each sample.
         """
-        indices = torch.stack([
-            torch.randint(self.config.codebook_size, (shape[2], shape[3]),
-                          generator=generators[i] if generators else None) for i in range(shape[0])])
+        indices = torch.stack([                                           # (B, h, w)
+            torch.randint(self.config.codebook_size, shape[2:],
+                          generator=generators[i] if generators else None)
+            for i in range(shape[0])])
         codes = self.vquantizer.embedding(indices.to(self.vquantizer.embedding.weight.device))
         return self.standardise(codes.permute(0, 3, 1, 2))                # (B, 4, h, w)
 
@@ -227,16 +231,16 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, 1, 1))
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, 0.0, 0.02)                  # Esser et al., after pix2pix
+                nn.init.normal_(layer.weight, 0.0, 0.02)               # Esser et al., after pix2pix
 
     def forward(self, images):                                            # (B, 3, H, W) in [0, 1]
         return self.layers(images * 2 - 1)                                # (B, 1, H/8 - 2, W/8 - 2)
 
 
 class VGG16Perceptual(nn.Module):
-    """Distance of two pictures in the features of an ImageNet VGG16, five depths, unit-length channels.
+    """Distance of two pictures in the features of an ImageNet VGG16, at five depths.
 
-    LPIPS (Zhang et al., 2018) without its learned channel weights, which no allowed package carries.
+    LPIPS (Zhang et al., 2018) without its learned channel weights: features scaled to unit length.
     """
 
     def __init__(self, weights="DEFAULT"):
@@ -244,7 +248,7 @@ class VGG16Perceptual(nn.Module):
         import torchvision
         features = torchvision.models.vgg16(weights=weights).features[:30]
         self.features = features.eval().requires_grad_(False)
-        self.depths = (3, 8, 15, 22, 29)                                  # the ReLU before each pooling
+        self.depths = (3, 8, 15, 22, 29)                              # the ReLU before each pooling
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
 
@@ -255,7 +259,8 @@ class VGG16Perceptual(nn.Module):
         for depth, layer in enumerate(self.features):
             a, b = layer(a), layer(b)
             if depth in self.depths:
-                distance = distance + (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean()
+                difference = F.normalize(a, dim=1) - F.normalize(b, dim=1)
+                distance = distance + difference.square().sum(1).mean()
         return distance
 
 
@@ -268,8 +273,8 @@ def perceptual_network(name):
     try:
         return VGG16Perceptual()
     except OSError as error:                                              # URLError is an OSError
-        sys.exit(f"the ImageNet weights of VGG16 could not be downloaded ({error}); go online once, "
-                 "put vgg16-397923af.pth into ~/.cache/torch/hub/checkpoints/, or train with "
+        sys.exit(f"the ImageNet weights of VGG16 could not be downloaded ({error}); go online "
+                 "once, put vgg16-397923af.pth into ~/.cache/torch/hub/checkpoints/, or train with "
                  "--perceptual none")
 
 
@@ -297,7 +302,8 @@ def loss(model, images, perceptual=None, discriminator=None, drop=None, record=N
         # (E.1); Esser et al. instead balance it by gradient norms.
         total = total - config.adversarial_weight * discriminator(decoded).mean()
     if record is not None:
-        record.update(decoded=decoded.detach(), latents=latents.detach(), indices=indices, mse=mse.detach())
+        record.update(decoded=decoded.detach(), latents=latents.detach(), indices=indices,
+                      mse=mse.detach())
     return total
 
 
@@ -327,15 +333,15 @@ def latent_scale(model, images):
     latents = torch.cat([model.eval().encode(part) for part in images.split(32)]).float()
     model.train(training)
     if not latents.isfinite().all():
-        raise FloatingPointError("Stage A's latents are not finite any more, so nothing was saved; the "
-                                 "checkpoint is the one before. Try a lower --lr")
+        raise FloatingPointError("Stage A's latents are not finite any more, so nothing was saved; "
+                                 "the checkpoint is the one before. Try a lower --lr")
     return latents.mean().item(), latents.std().item()
 
 
 # ---- training ------------------------------------------------------------------------------------
 
 def train(config, source, out):
-    """Train on captioned images (the captions are not used). Goes on by itself if `out` holds a run."""
+    """Train on images (captions are not used). Goes on by itself if `out` holds a run."""
     import data
     from plumbing import run
 
@@ -370,7 +376,8 @@ def train(config, source, out):
         model.down_blocks.compile()
         model.up_blocks.compile()
 
-    batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world, config.workers)
+    batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
+                          config.workers)
     log, guard, stop = run.Log(out, config.steps, start, rank), run.NanGuard(), run.StopSignal()
     for step in range(start, config.steps):
         optimizer.zero_grad(set_to_none=True)

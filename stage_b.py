@@ -9,7 +9,7 @@ whatever helps Stage B most.
     eps_hat = f(x_t, t, sem, text)                                   §3.1
     loss = |eps - eps_hat|^2                                         LDM training, §3.1
 
-    x_t (B, 4, H, W) --unshuffle--> (B, c0, H/2, W/2) --4 levels down, 4 levels up--> eps_hat (B, 4, H, W)
+    x_t (B, 4, H, W) --unshuffle--> (B, c0, H/2, W/2) --4 levels down, 4 up--> eps_hat (B, 4, H, W)
     sem (B, 16, h, w) concatenated in every block of the levels with attention, and attended to
     text (B, L, E)    attended to
 
@@ -68,7 +68,7 @@ class Config:
     remember: bool = False             # encode each image and caption once and keep them in memory
     # training
     steps: int = 457_000               # paper, E.2, first phase
-    batch_size: int = 16               # ours: with accumulate 32 the 512 of E.2; what fits is unmeasured
+    batch_size: int = 16               # ours: 16 x 32 is the 512 of E.2; what fits: unmeasured
     accumulate: int = 32
     lr: float = 1e-4                   # paper, E.2
     warmup: int = 10_000               # paper, E.2
@@ -88,9 +88,9 @@ PRESETS = {
     "released": Config(attend_to_sem=False, condition="raw", compressor="released"),   # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(32, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
-        dropout=0.0, weight_cap=20.0, accumulate=1, text_encoder="pocket", compressor="pocket", image_size=128, remember=True,
-        steps=3000, batch_size=32, lr=1e-3, warmup=100, cooldown=1000, workers=1, log_every=20,
-        preview_every=250, save_every=100),
+        dropout=0.0, weight_cap=20.0, text_encoder="pocket", compressor="pocket", image_size=128,
+        remember=True, accumulate=1, steps=3000, batch_size=32, lr=1e-3, warmup=100,
+        cooldown=1000, workers=1, log_every=20, preview_every=250, save_every=100),
 }
 
 
@@ -133,7 +133,7 @@ def randn(shape, generator=None, device="cpu"):
 # ---- blocks: verbatim in stage_b.py and stage_c.py -----------------------------------------------
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, h, w), without learned scale and shift (official code)."""
+    """LayerNorm over the channels of (B, C, h, w), without scale and shift (official code)."""
 
     def __init__(self, c):
         super().__init__(c, elementwise_affine=False, eps=1e-6)
@@ -172,7 +172,7 @@ class TimestepBlock(nn.Module):
 
 
 def timestep_embedding(t, width):
-    """(B,) in [0, 1] -> (B, width): sines and cosines of 10,000 t at frequencies 1 … 1e-4. In float32."""
+    """(B,) in [0, 1] -> (B, width): sines and cosines of 10,000 t, frequencies 1 … 1e-4; fp32."""
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=t.device))
     angles = t.float()[:, None] * 10_000 * frequencies                    # (B, width / 2)
@@ -189,10 +189,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])                    # published name: to_out.0
 
     def forward(self, q, kv):
-        q, k, v = (layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, heads, ·, c)
+        q, k, v = (layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for layer, tokens in ((self.to_q, q), (self.to_k, kv), (self.to_v, kv)))
         # dropout on the attention weights, as in the official code (diffusers drops the output)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)    # (B, heads, N, C / heads)
         return self.to_out[0](y.transpose(1, 2).flatten(2))               # (B, N, C)
 
 
@@ -213,7 +214,7 @@ class ResBlock(nn.Module):
             nn.Linear(c + c_skip, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c), nn.Dropout(dropout),
             nn.Linear(4 * c, c))
 
-    def forward(self, x, skip=None):                                      # (B, c, h, w), (B, c_skip, h, w)
+    def forward(self, x, skip=None):                    # (B, c, h, w), (B, c_skip, h, w)
         y = self.norm(self.depthwise(x))
         y = y if skip is None else torch.cat([y, skip], dim=1)            # (B, c + c_skip, h, w)
         return x + self.channelwise(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -239,14 +240,14 @@ class AttnBlock(nn.Module):
         kv = [q, self.kv_mapper(text)]
         if self.sem_mapper is not None:
             kv.append(self.sem_mapper(sem))
-        y = self.attention(q, torch.cat(kv, dim=1))                       # keys: (B, H*W + L + h*w, c)
+        y = self.attention(q, torch.cat(kv, dim=1))     # keys: (B, H*W + L + h*w, c)
         return x + y.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
 # ---- model ---------------------------------------------------------------------------------------
 
 class StageB(nn.Module):
-    """The decoder: x_t (B, 4, H, W), t (B,), sem (B, 16, h, w), text (B, L, E) -> eps_hat (B, 4, H, W).
+    """The decoder: x_t (B, 4, H, W), t (B,), sem (B, 16, h, w), text (B, L, E) -> eps_hat like x_t.
 
     H and W must be multiples of patch_size * 2^(levels - 1): 16 at paper size.
     """
@@ -270,11 +271,12 @@ class StageB(nn.Module):
             LayerNorm2d(widths[0]))
 
         def stage(i, first_skip):
-            """The (ResBlock, TimestepBlock[, AttnBlock]) x blocks[i] of level i, as one flat list."""
+            """(ResBlock, TimestepBlock[, AttnBlock]) x blocks[i] of level i, as one flat list."""
             c, layers = widths[i], []
             for j in range(blocks[i]):
                 skip = (cond if heads[i] else 0) + (first_skip if j == 0 else 0)
-                layers += [ResBlock(c, skip, config.dropout), TimestepBlock(c, config.timestep_width)]
+                layers += [ResBlock(c, skip, config.dropout),
+                           TimestepBlock(c, config.timestep_width)]
                 if heads[i]:
                     layers.append(AttnBlock(c, heads[i], cond, sem if config.attend_to_sem else 0,
                                             config.dropout))
@@ -303,11 +305,11 @@ class StageB(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         for block in self.modules():
-            if isinstance(block, ResBlock):        # sum(blocks) residuals add up to the variance of one
+            if isinstance(block, ResBlock):        # all residuals add up to the variance of one
                 block.channelwise[-1].weight.data *= (1 / sum(self.config.blocks)) ** 0.5
             if isinstance(block, TimestepBlock):
                 nn.init.zeros_(block.mapper.weight)
-            if isinstance(block, AttnBlock):       # q, k, v were one (3c, c) matrix there: sqrt(6 / 4c)
+            if isinstance(block, AttnBlock):       # q, k, v are one (3c, c) matrix there
                 for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
                     nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
         for layer in (self.clip_mapper, *self.effnet_mappers):
@@ -325,7 +327,7 @@ class StageB(nn.Module):
         sem_tokens = sem.flatten(2).transpose(1, 2)                       # (B, h*w, 16)
 
         def level(x, layers, mapper, skip=None):
-            """Run one level; the resized compressor latents join every block, the skip only the first."""
+            """Run one level; the resized sem joins every block, the skip only the first."""
             extra = None
             for layer in layers:
                 if isinstance(layer, ResBlock):
@@ -382,12 +384,14 @@ def drop_and_noise(sem, text, null_text, config, mean=0.0, std=1.0):
     """
     n, device = len(sem), sem.device
     u = torch.rand(n, 1, 1, device=device)
-    both, only_text = config.drop_both, config.drop_both + config.drop_text
-    no_text, no_sem = u < only_text, (u < both) | ((u >= only_text) & (u < only_text + config.drop_sem))
-    noised = (u >= only_text + config.drop_sem) & (torch.rand(n, 1, 1, device=device) < config.noise_sem)
+    to_both, to_text = config.drop_both, config.drop_both + config.drop_text
+    to_sem = to_text + config.drop_sem                  # u: [ both | text | sem | nothing dropped ]
+    no_text = u < to_text
+    no_sem = (u < to_both) | ((to_text <= u) & (u < to_sem))
+    noised = (to_sem <= u) & (torch.rand(n, 1, 1, device=device) < config.noise_sem)
     t = torch.rand(n, device=device) * config.noise_sem_t
     sem = torch.where(noised[..., None], diffuse(sem, t, torch.randn_like(sem)), sem)
-    sem = torch.where(no_sem[..., None], 0.0, sem * std + mean)           # zeros on the scale B reads
+    sem = torch.where(no_sem[..., None], 0.0, sem * std + mean)     # zeros on the scale B reads
     return sem, torch.where(no_text, null_text, text)
 
 
@@ -405,9 +409,9 @@ def loss(model, x_0, sem, text, t=None, noise=None, record=None):
     if record is not None:
         record.append((t.detach(), error.detach()))
     if model.config.weight_cap:
-        # departs (pocket): the error counts as one in x_0, (1 - alpha_bar) / alpha_bar times that in
-        # eps, up to a cap. Flat drawings can be denoised from their surroundings alone until t is near
-        # 1, and there an unweighted eps hardly depends on x_0: the conditions are learned very late.
+        # departs (pocket): the error counts as one in x_0: (1 - alpha_bar) / alpha_bar times
+        # that in eps, up to a cap. Flat drawings can be denoised from their surroundings until t is
+        # near 1, where eps hardly depends on x_0: unweighted, conditions are learned very late.
         a = alpha_bar(t)
         error = ((1 - a) / a).clamp(max=model.config.weight_cap) * error
     return error.mean()
@@ -465,13 +469,13 @@ def train(config, source, out, stage_a_path, clip=None):
     device, rank, world = run.setup(config.seed)
     out = Path(out)
     run.required(stage_a_path, "a Stage A checkpoint",
-                 f"train it with `python stage_a.py --data …`, or name it with --stage-a. Further needed: the "
-                 f"text encoder {config.text_encoder} (pocket: built in; else the hub, or --clip FILE)")
+                 "train it with `python stage_a.py --data …`, or name it with --stage-a. also "
+                 f"needed: {config.text_encoder} text (built in, from the hub, or --clip FILE)")
     vqgan = stage_a.load(stage_a_path, device)
     encoder = data.text_encoder(config.text_encoder, clip, device)
     if encoder.width != config.text_width:
-        raise run.ConfigError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, expected "
-                              f"--text-width {config.text_width}")
+        raise run.ConfigError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
+                              f"expected --text-width {config.text_width}")
     dataset = data.CaptionedImages(source, resize=config.image_size, crop=config.image_size,
                                    seed=config.seed, center=config.remember)
     first = dataset if config.remember else data.CaptionedImages(
@@ -482,7 +486,7 @@ def train(config, source, out, stage_a_path, clip=None):
     out.mkdir(parents=True, exist_ok=True)
 
     def targets(batch):
-        """A batch -> x_0 (B, 4, H/4, W/4), the compressor's images (B, 3, 3H/4, 3W/4), text (B, L, E)."""
+        """A batch -> x_0 (B, 4, H/4, W/4), images (B, 3, 3H/4, 3W/4) for sem, text (B, L, E)."""
         with torch.no_grad():
             images = batch["images"].to(device)
             x_0 = vqgan.standardise(vqgan.encode(images))
@@ -501,7 +505,8 @@ def train(config, source, out, stage_a_path, clip=None):
     state = run.resume(out / "checkpoint.pt", "B", config, device, rank, given)
     if compressor_config.imagenet and not state:
         semantic_compressor.imagenet_weights(compressor)
-    ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False) for net in (model, compressor))
+    ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False)
+                           for net in (model, compressor))
     parameters = [*model.parameters(), *compressor.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr)
     start, position = 0, (0, 0)
@@ -515,18 +520,19 @@ def train(config, source, out, stage_a_path, clip=None):
     elif rank:
         torch.manual_seed(config.seed + rank)                             # other noise on each rank
     if config.compile:
-        model.compile()                                                   # in place: names stay clean
+        model.compile()                                               # in place: names stay clean
         compressor.compile()
 
     batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
                           0 if config.remember else config.workers)
-    log, guard, stop, record = run.Log(out, config.steps, start, rank), run.NanGuard(), run.StopSignal(), []
+    log, guard, stop = run.Log(out, config.steps, start, rank), run.NanGuard(), run.StopSignal()
+    record = []                                                   # (t, error) since the last log
     freeze = config.steps - config.cooldown if config.cooldown else None
     for step in range(start, config.steps):
         optimizer.zero_grad(set_to_none=True)
         seen = 0
-        # While the learning rate decays (pocket), the compressor's BatchNorm keeps fixed statistics:
-        # those of a small batch differ, and Stage B gets used to the latents that sampling will have.
+        # While the learning rate decays (pocket), the compressor's BatchNorm keeps its statistics:
+        # those of small batches vary, and Stage B gets used to the latents that sampling will have.
         if step == freeze:
             semantic_compressor.settle(compressor, settling)
         frozen = freeze is not None and step >= freeze
@@ -577,7 +583,8 @@ def train(config, source, out, stage_a_path, clip=None):
             scale = semantic_compressor.latent_scale(compressor_ema, settling)
         # preview
         if previews:
-            preview(ema, compressor_ema, scale, vqgan, encoder, fixed, out / f"preview_{done:07d}.png")
+            preview(ema, compressor_ema, scale, vqgan, encoder, fixed,
+                    out / f"preview_{done:07d}.png")
             log.pause()
         # checkpoint
         if saves:
@@ -596,7 +603,7 @@ def train(config, source, out, stage_a_path, clip=None):
 
 @torch.no_grad()
 def preview(model, compressor, scale, vqgan, encoder, fixed, path):
-    """Top row: images. Then: through Stage A alone; through compressor, B (12 steps, w = 1) and A."""
+    """Top row: images. Then: through A alone; through compressor, B (12 steps, w = 1) and A."""
     import semantic_compressor
     from plumbing import run
     images, text = fixed["images"][:8], encoder(fixed["captions"][:8])
@@ -621,5 +628,5 @@ if __name__ == "__main__":
     if args.data is None:
         sys.exit("--data is missing: a folder of tar shards, for example from "
                  "`python data.py shapes --out shards/shapes`")
-    run.start(train, config, args.data, args.out or runs / "stage_b", args.stage_a or runs / "stage_a/checkpoint.pt",
-          args.clip)
+    run.start(train, config, args.data, args.out or runs / "stage_b",
+              args.stage_a or runs / "stage_a/checkpoint.pt", args.clip)

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 class Config:
     # architecture
     latent_channels: int = 16          # paper, §3.1
-    width: int = 1280                  # paper, E.3. (Its "1B parameters" is `released`; this is 347 M)
+    width: int = 1280                  # paper, E.3 (347 M; its "1B" is `released`)
     depth: int = 16                    # paper, E.3
     heads: int = 16                    # paper, E.3
     text_width: int = 1024             # paper, E.3: CLIP-H
@@ -53,17 +53,17 @@ class Config:
     text_drop: float = 0.05            # paper, §3.2
     # data
     text_encoder: str = "clip-h"       # paper, §4
-    image_size: int = 512              # paper, E.3, first run: 384 px for the compressor, 12x12 latents
+    image_size: int = 512              # paper, E.3, first run: 12x12 latents
     remember: bool = False             # encode each image and caption once and keep them in memory
     # training
     steps: int = 500_000               # paper, E.3, first run
-    batch_size: int = 96               # ours: with accumulate 16 the 1536 of E.3; what fits is unmeasured
+    batch_size: int = 96               # ours: 96 x 16 is the 1536 of E.3; what fits: unmeasured
     accumulate: int = 16
     lr: float = 1e-4                   # paper, E.3
     warmup: int = 10_000               # official code (the paper gives it for Stage B only)
     cooldown: int = 0                  # ours: linear decay at the end; the paper names none
     grad_clip: float = 1.0             # official code
-    ema: float = 0.999                 # ours: the released rule (0.9 every 100 steps) as one per step
+    ema: float = 0.999                 # ours: the released 0.9 every 100 steps, as one per step
     seed: int = 0
     workers: int = 8
     compile: bool = False
@@ -78,8 +78,8 @@ PRESETS = {
         width=1536, depth=32, heads=24, text_width=1280, text_encoder="clip-bigg", p2="released"),
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         width=256, depth=4, heads=8, text_width=128, dropout=0.0, text_encoder="pocket",
-        image_size=128, remember=True, steps=1500, batch_size=128, accumulate=1, lr=5e-4, warmup=100, cooldown=500,
-        workers=1, log_every=20, preview_every=200, save_every=100),
+        image_size=128, remember=True, steps=1500, batch_size=128, accumulate=1, lr=5e-4,
+        warmup=100, cooldown=500, workers=1, log_every=20, preview_every=200, save_every=100),
 }
 
 
@@ -122,7 +122,7 @@ def randn(shape, generator=None, device="cpu"):
 # ---- schedule: Stage C alone ---------------------------------------------------------------------
 
 def p2_weight(t, form="paper"):
-    """How much each noise level counts in the loss (§3.2, after Choi et al., 2022). t: (B,) -> (B,).
+    """How much each noise level counts in the loss (§3.2, after Choi et al., 2022). (B,) -> (B,).
 
     Predicting the noise of a nearly clean latent is hard to do well and decides nothing that can be
     seen; at high noise the subject of the picture is decided. p2 follows the noise power 1 -
@@ -142,7 +142,7 @@ def p2_weight(t, form="paper"):
 # ---- blocks: verbatim in stage_b.py and stage_c.py -----------------------------------------------
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, h, w), without learned scale and shift (official code)."""
+    """LayerNorm over the channels of (B, C, h, w), without scale and shift (official code)."""
 
     def __init__(self, c):
         super().__init__(c, elementwise_affine=False, eps=1e-6)
@@ -181,7 +181,7 @@ class TimestepBlock(nn.Module):
 
 
 def timestep_embedding(t, width):
-    """(B,) in [0, 1] -> (B, width): sines and cosines of 10,000 t at frequencies 1 … 1e-4. In float32."""
+    """(B,) in [0, 1] -> (B, width): sines and cosines of 10,000 t, frequencies 1 … 1e-4; fp32."""
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=t.device))
     angles = t.float()[:, None] * 10_000 * frequencies                    # (B, width / 2)
@@ -198,10 +198,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])                    # published name: to_out.0
 
     def forward(self, q, kv):
-        q, k, v = (layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, heads, ·, c)
+        q, k, v = (layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for layer, tokens in ((self.to_q, q), (self.to_k, kv), (self.to_v, kv)))
         # dropout on the attention weights, as in the official code (diffusers drops the output)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)    # (B, heads, N, C / heads)
         return self.to_out[0](y.transpose(1, 2).flatten(2))               # (B, N, C)
 
 
@@ -275,7 +276,7 @@ class StageC(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """The official code's initialisation; the paper says only that the model starts by predicting 0."""
+        """The official code's initialisation (the paper: it starts by predicting 0)."""
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(layer.weight)
@@ -285,7 +286,7 @@ class StageC(nn.Module):
                 block.channelwise[-1].weight.data *= (1 / self.config.depth) ** 0.5
             if isinstance(block, TimestepBlock):
                 nn.init.zeros_(block.mapper.weight)
-            if isinstance(block, AttnBlock):       # q, k, v were one (3c, c) matrix there: sqrt(6 / 4c)
+            if isinstance(block, AttnBlock):       # q, k, v are one (3c, c) matrix there
                 for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
                     nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
         for layer in (self.projection, self.cond_mapper[0], self.cond_mapper[2]):
@@ -393,15 +394,15 @@ def train(config, source, out, stage_a, stage_b, clip=None):
     device, rank, world = run.setup(config.seed)
     out = Path(out)
     run.required(stage_b, "a Stage B checkpoint with the trained Semantic Compressor",
-                 "train it with `python stage_b.py --data …`, or name it with --stage-b. Further needed: the "
-                 f"text encoder {config.text_encoder} (pocket: built in; else the hub, or --clip FILE)")
+                 "train it with `python stage_b.py --data …`, or name it with --stage-b. also "
+                 f"needed: {config.text_encoder} text (built in, from the hub, or --clip FILE)")
     compressor = semantic_compressor.load(stage_b, device)
     encoder = data.text_encoder(config.text_encoder, clip, device)
-    if config.p2 not in ("paper", "released", "none"):                    # said now, not at the first step
+    if config.p2 not in ("paper", "released", "none"):
         raise run.ConfigError(f"--p2 {config.p2}: expected paper, released or none")
     if encoder.width != config.text_width:
-        raise run.ConfigError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, expected "
-                              f"--text-width {config.text_width}")
+        raise run.ConfigError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
+                              f"expected --text-width {config.text_width}")
     if Path(stage_a).is_file():                                           # so is a wrong Stage A
         import sample
         sample.load_chain(stage_a, stage_b, clip=clip)
@@ -436,11 +437,12 @@ def train(config, source, out, stage_a, stage_b, clip=None):
     elif rank:
         torch.manual_seed(config.seed + rank)                             # other noise on each rank
     if config.compile:
-        model.compile()                                                   # in place: names stay clean
+        model.compile()                                               # in place: names stay clean
 
     batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
                           0 if config.remember else config.workers)
-    log, guard, stop, record = run.Log(out, config.steps, start, rank), run.NanGuard(), run.StopSignal(), []
+    log, guard, stop = run.Log(out, config.steps, start, rank), run.NanGuard(), run.StopSignal()
+    record = []                                                   # (t, error) since the last log
     for step in range(start, config.steps):
         optimizer.zero_grad(set_to_none=True)
         seen = 0
@@ -513,12 +515,13 @@ if __name__ == "__main__":
     config, args = run.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
         out=(None, "folder of this run (default runs/PRESET/stage_c)"),
-        stage_a=(None, "Stage A checkpoint, for previews (default runs/PRESET/stage_a/checkpoint.pt)"),
+        stage_a=(None, "Stage A checkpoint, for previews (runs/PRESET/stage_a/checkpoint.pt)"),
         stage_b=(None, "Stage B checkpoint (default runs/PRESET/stage_b/checkpoint.pt)"),
         clip=(None, "local file with the weights of the CLIP text encoder (default: the hub)"))
     runs = Path("runs") / args.preset
     if args.data is None:
         sys.exit("--data is missing: a folder of tar shards, for example from "
                  "`python data.py shapes --out shards/shapes`")
-    run.start(train, config, args.data, args.out or runs / "stage_c", args.stage_a or runs / "stage_a/checkpoint.pt",
-          args.stage_b or runs / "stage_b/checkpoint.pt", args.clip)
+    run.start(train, config, args.data, args.out or runs / "stage_c",
+              args.stage_a or runs / "stage_a/checkpoint.pt",
+              args.stage_b or runs / "stage_b/checkpoint.pt", args.clip)

@@ -82,17 +82,17 @@ class CheckpointError(ValueError):
 
 
 def start(train, *arguments):
-    """Run `train`; an error that carries its own sentence ends the program with that sentence alone."""
+    """Run `train`; an error that carries its own sentence ends the program with that alone."""
     from data import DataError
     try:
         return train(*arguments)
     except (DataError, CheckpointError, ConfigError, FloatingPointError) as error:
         sys.exit(str(error))
     except torch.cuda.OutOfMemoryError as error:
-        sys.exit(f"the GPU's memory is full ({str(error).partition('.')[0]}); try half the --batch-size "
-                 "with twice the --accumulate")
+        sys.exit(f"the GPU's memory is full ({str(error).partition('.')[0]}); try half the "
+                 "--batch-size with twice the --accumulate")
     except KeyboardInterrupt:
-        sys.exit("stopped before the first step or by a second Ctrl-C; checkpoints are as they were")
+        sys.exit("stopped before the first step or by a second Ctrl-C; nothing more was saved")
 
 
 # ---- torchrun ------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def keep_freed_memory():
     On two CPU cores Stage A's training step takes 0.45 s with this and 0.67 s without.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):                              # glibc alone; elsewhere nothing happens
+    if hasattr(libc, "mallopt"):                          # glibc alone; elsewhere nothing happens
         m_trim_threshold, m_mmap_max = -1, -4                 # malloc.h
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
@@ -118,7 +118,7 @@ def setup(seed):
     else:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")            # TF32 for what autocast leaves in fp32
+        torch.set_float32_matmul_precision("high")        # TF32 for what autocast leaves in fp32
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)                                   # the same initial weights everywhere
@@ -153,7 +153,7 @@ def agree(flags, tensor, world):
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 def save_checkpoint(path, state):
-    """Write `state` beside `path`, force it to disk, then rename: a kill leaves the old or the new."""
+    """Write `state` aside, force it to disk, rename it: a kill leaves the old or the new file."""
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "wb") as file:
@@ -167,9 +167,9 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, stage=None):
-    """Read a checkpoint to the CPU (never unpickling code); one sentence if it is not what it should be.
+    """Read a checkpoint to the CPU, never unpickling code.
 
-    Raises CheckpointError.
+    Raises CheckpointError, one sentence, if it is missing, damaged or of another stage.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file; expected a checkpoint of stage {stage}")
@@ -219,7 +219,7 @@ def resume(path, stage, config, device, rank, given):
     if "cuda" in state["random"] and device.type == "cuda":
         torch.cuda.set_rng_state(state["random"]["cuda"], device)
     torch.set_rng_state(state["random"]["cpu"])
-    if rank:                                                  # rank 0 wrote it: draw other noise here
+    if rank:                                              # rank 0 wrote it: draw other noise here
         torch.manual_seed(config.seed + 1000 * state["step"] + rank)
     if rank == 0:
         print(f"going on from {path} at step {state['step']}", flush=True)
@@ -238,7 +238,7 @@ def checksum(tensors):
 # ---- inside the loop -----------------------------------------------------------------------------
 
 def learning_rate(step, config):
-    """Linear warm-up over config.warmup steps, config.lr, linear decay over the last config.cooldown."""
+    """config.lr with a linear warm-up and, over the last config.cooldown steps, a linear decay."""
     return config.lr * min(1.0, (step + 1) / max(config.warmup, 1),
                            (config.steps - step) / max(config.cooldown, 1))
 
@@ -267,8 +267,9 @@ class NanGuard:
             return False
         self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
         if self.in_a_row >= self.limit:
-            sys.exit(f"step {step}: the gradient was not finite {self.limit} times in a row; the last "
-                     "checkpoint is untouched. Try a lower --lr, a longer --warmup or a smaller --grad-clip")
+            sys.exit(f"step {step}: the gradient was not finite {self.limit} times in a row; the "
+                     "last checkpoint is untouched. Try a lower --lr, a longer --warmup or a "
+                     "smaller --grad-clip")
         return True
 
 
@@ -294,7 +295,7 @@ class StopSignal:
 
 
 def by_level(record, edges=(0.25, 0.5, 0.75, 1.0)):
-    """Mean squared error by noise level from [(t, error), …]: t up to .25, up to .5, up to .75, up to 1."""
+    """Mean squared error by noise level, from [(t, error), …]: t up to .25, .5, .75 and 1."""
     t, error = (torch.cat(column).float().cpu() for column in zip(*record))
     means, low = [], -1.0
     for high in edges:
@@ -305,14 +306,14 @@ def by_level(record, edges=(0.25, 0.5, 0.75, 1.0)):
 
 
 class Log:
-    """A tqdm bar with loss, images/s and ETA, and one JSON line in out/log.jsonl per `log_every` steps."""
+    """A tqdm bar with loss, images/s and ETA; a JSON line in out/log.jsonl per `log_every` steps."""
 
     def __init__(self, out, steps, start, rank):
         self.path, self.rank = Path(out) / "log.jsonl", rank
         self.images, self.clock = 0, time.perf_counter()
         self.bar = tqdm(total=steps, initial=start, disable=rank != 0, unit="step", smoothing=0.05,
                         mininterval=1.0 if sys.stderr.isatty() else 15.0)
-        if rank == 0 and self.path.exists():                  # lines after the checkpoint: run again
+        if rank == 0 and self.path.exists():              # lines after the checkpoint: run again
             lines = [line for line in self.path.read_text().splitlines(keepends=True)
                      if line.endswith("\n") and json.loads(line)["step"] <= start]
             self.path.write_text("".join(lines))
@@ -339,7 +340,7 @@ class Log:
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s", refresh=False)
         tqdm.write(f"step {step}  loss {loss:.4f}{bins}{rest}  {rate:.0f} img/s")
         sys.stdout.flush()
-        with open(self.path, "a") as file:                    # NaN is not JSON: an empty bin is null
+        with open(self.path, "a") as file:                # NaN is not JSON: an empty bin is null
             file.write(json.dumps({"step": step, **numbers}).replace("NaN", "null") + "\n")
 
     def pause(self):
@@ -349,8 +350,8 @@ class Log:
     def finish(self, out, stopped):
         self.bar.close()
         if self.rank == 0:
-            print(f"stopped on request, saved in {out}; the same command goes on from there" if stopped
-                  else f"finished; checkpoint, log and previews are in {out}", flush=True)
+            print(f"stopped on request, saved in {out}; the same command goes on from there" if
+                  stopped else f"finished; checkpoint, log and previews are in {out}", flush=True)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -398,5 +399,5 @@ def latent_picture(latents, channels=3):
 
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of pictures in [0, 1], averaged over the batch."""
-    error = (a.float().clamp(0, 1) - b.float().clamp(0, 1)).square().mean((1, 2, 3)).clamp_min(1e-10)
-    return (-10 * error.log10()).mean().item()
+    error = (a.float().clamp(0, 1) - b.float().clamp(0, 1)).square().mean((1, 2, 3))
+    return (-10 * error.clamp_min(1e-10).log10()).mean().item()
