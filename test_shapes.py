@@ -527,11 +527,11 @@ def test_overfit_c_two_captions():
     encoder = data.text_encoder("pocket")
     text, null = encoder(["a red star above a blue circle", "a blue circle above a red star"]), encoder([""])
     x_0 = torch.randn(2, 16, 3, 3)
-    model = stage_c.StageC(replace(TINY_C, width=64))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(500):
+    model = stage_c.StageC(replace(TINY_C, width=48))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(250):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (500 - step) / 250)
+            group["lr"] = 4e-3 * min(1, (250 - step) / 125)
         optimizer.zero_grad()
         stage_c.loss(model, x_0.repeat(16, 1, 1, 1), text.repeat(16, 1, 1)).backward()
         optimizer.step()
@@ -549,11 +549,11 @@ def test_overfit_b():
     torch.manual_seed(0)
     x_0 = torch.randn(2, 4, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)   # (2, 4, 16, 16)
     sem, text = torch.randn(2, 16, 3, 3), torch.zeros(2, *TEXT)
-    model = stage_b.StageB(replace(TINY_B, widths=(32, 48, 48), cond_width=32))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(250):
+    model = stage_b.StageB(replace(TINY_B, widths=(16, 32, 32), cond_width=16))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(150):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (250 - step) / 125)
+            group["lr"] = 4e-3 * min(1, (150 - step) / 75)
         optimizer.zero_grad()
         stage_b.loss(model, x_0.repeat(8, 1, 1, 1), sem.repeat(8, 1, 1, 1), text.repeat(8, 1, 1)).backward()
         optimizer.step()
