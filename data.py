@@ -72,9 +72,8 @@ class BadSample(Exception):
     """One sample cannot be used: 'reason' or 'reason: detail'."""
 
 
-# ---------------------------------------------------------------------------------------------
-# Index: source -> files and (offset, size) of every image, caption and json
-# ---------------------------------------------------------------------------------------------
+# ---- Index: source -> files and (offset, size) of every image, caption and json ------------------
+
 def expand_braces(pattern):
     """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar']; '{a,b}' works too."""
     match = re.search(r"\{([^{}]*)\}", pattern)
@@ -254,9 +253,8 @@ def list_pictures(folder):
     return files, rows, problems
 
 
-# ---------------------------------------------------------------------------------------------
-# Decoding: bytes -> RGB image, scaled and cropped
-# ---------------------------------------------------------------------------------------------
+# ---- Decoding: bytes -> RGB image, scaled and cropped --------------------------------------------
+
 def decode(data, resize=None):
     """Encoded bytes -> upright RGB image on white; large JPEGs are decoded at a coarser scale."""
     try:
@@ -311,9 +309,8 @@ def fit(image, resize=None, crop=None, rng=None):
     return image
 
 
-# ---------------------------------------------------------------------------------------------
-# The dataset
-# ---------------------------------------------------------------------------------------------
+# ---- The dataset ---------------------------------------------------------------------------------
+
 class CaptionedImages(Dataset):
     """All samples of a source, by number.
 
@@ -495,9 +492,8 @@ class CaptionedImages(Dataset):
         }
 
 
-# ---------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------
+# ---- Batches -------------------------------------------------------------------------------------
+
 class EpochBatches(Sampler):
     """Endless lists of (epoch, index): a rank's slices of the global batches from `position`.
 
@@ -670,9 +666,8 @@ def remember(dataset, encode, batch_size=64, workers=0, label="encode"):
     return memory
 
 
-# ---------------------------------------------------------------------------------------------
-# Text encoder: captions -> un-pooled tokens after the final layer norm
-# ---------------------------------------------------------------------------------------------
+# ---- Text encoder: captions -> un-pooled tokens after the final layer norm -----------------------
+
 TEXT_ENCODERS = {
     # ours: small enough for a CPU; 24 positions hold every caption of pocket/shapes.py
     "pocket": {"width": 128, "heads": 4, "layers": 2, "length": 24},
@@ -812,9 +807,8 @@ def _from_hub(model, tag):
     return download_pretrained(config)
 
 
-# ---------------------------------------------------------------------------------------------
-# Commands: shapes, pack, look
-# ---------------------------------------------------------------------------------------------
+# ---- Commands: shapes, pack, look ----------------------------------------------------------------
+
 def write_tar(path, samples):
     """samples: [(key, {suffix: bytes})] -> one tar; the same samples give the same bytes."""
     with tarfile.open(f"{path}.tmp", "w", format=tarfile.USTAR_FORMAT) as archive:

@@ -1,4 +1,4 @@
-"""The specification, as tests: shapes, hand values, oracles, overfitting, resuming, the command line.
+"""The specification, as tests: shapes, hand values, oracles, overfitting, resuming, commands.
 
     pytest test_shapes.py            (or `make test`, which also makes the environment)
 
@@ -44,9 +44,9 @@ TINY_A = replace(stage_a.PRESETS["pocket"], widths=(8, 16), decoder_blocks=1, co
 TINY_B = replace(stage_b.PRESETS["pocket"], widths=(8, 16, 16), heads=(0, 2, 2), blocks=(1, 1, 2),
                  cond_width=8, steps=4, batch_size=4, warmup=1, cooldown=0, log_every=1,
                  preview_every=100, save_every=2)
-TINY_C = replace(stage_c.PRESETS["pocket"], width=32, depth=2, heads=4, steps=4, batch_size=4, warmup=1,
-                 cooldown=0, log_every=1, preview_every=100, save_every=2)
-TEXT = (24, 128)                                              # tokens and width of the pocket encoder
+TINY_C = replace(stage_c.PRESETS["pocket"], width=32, depth=2, heads=4, steps=4, batch_size=4,
+                 warmup=1, cooldown=0, log_every=1, preview_every=100, save_every=2)
+TEXT = (24, 128)                                            # tokens and width of the pocket encoder
 
 
 def shake(model, size=0.05):
@@ -83,7 +83,7 @@ def command(*arguments, check=True, **options):
     (stage_b, "StageB", "released", 1_055_365_280),
     (stage_c, "StageC", "paper", 347_037_472), (stage_c, "StageC", "released", 993_636_896),
     (semantic_compressor, "SemanticCompressor", "released", 20_198_000),
-    (semantic_compressor, "SemanticCompressor", "paper", 20_198_000 - 32)])     # 16 scales, 16 shifts
+    (semantic_compressor, "SemanticCompressor", "paper", 20_198_000 - 32)])   # 16 scales, 16 shifts
 def test_parameter_counts(module, name, preset, count):
     """The big presets have exactly the published or derived number of parameters."""
     with torch.device("meta"):
@@ -92,7 +92,7 @@ def test_parameter_counts(module, name, preset, count):
 
 
 def test_paper_shapes_on_meta():
-    """At paper size: 1024x768 image -> 4x256x192 and 16x24x18 latents; B and C keep their shapes."""
+    """At paper size: 1024x768 -> 4x256x192 and 16x24x18 latents; B and C keep their shapes."""
     with torch.device("meta"):
         images = torch.empty(1, 3, 1024, 768)
         a = stage_a.StageA(stage_a.PRESETS["paper"])
@@ -103,8 +103,10 @@ def test_paper_shapes_on_meta():
         sem = compressor(torch.empty(1, 3, 768, 576))
         assert sem.shape == (1, 16, 24, 18)
         text, t = torch.empty(1, 77, 1024), torch.empty(1)
-        assert stage_b.StageB(stage_b.PRESETS["paper"])(latents, t, sem, text).shape == latents.shape
-        assert stage_c.StageC(stage_c.PRESETS["paper"])(sem, t, text).shape == sem.shape
+        b = stage_b.StageB(stage_b.PRESETS["paper"])
+        assert b(latents, t, sem, text).shape == latents.shape
+        c = stage_c.StageC(stage_c.PRESETS["paper"])
+        assert c(sem, t, text).shape == sem.shape
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -120,7 +122,8 @@ def test_shapes_end_to_end(batch):
     compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])
     sem = compressor(semantic_compressor.resize(images))
     assert sem.shape == (batch, 16, 3, 6)
-    assert images.shape[2] / sem.shape[2] == images.shape[3] / sem.shape[3] == pytest.approx(42.67, abs=0.01)
+    factor = images.shape[2] / sem.shape[2]
+    assert factor == images.shape[3] / sem.shape[3] == pytest.approx(42.67, abs=0.01)
     text, t = torch.randn(batch, *TEXT), torch.rand(batch)
     assert stage_b.StageB(TINY_B)(latents, t, sem, text).shape == latents.shape
     assert stage_c.StageC(TINY_C)(sem, t, text).shape == sem.shape
@@ -128,7 +131,8 @@ def test_shapes_end_to_end(batch):
 
 def test_compressor_input_size():
     """768 px give 24x24; 786 px, the misprint of §3.1, would give 25x25 and are refused."""
-    compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"]).eval()
+    compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])
+    compressor.eval()
     assert compressor(torch.rand(1, 3, 768, 96)).shape == (1, 16, 24, 3)
     assert compressor.backbone(torch.rand(1, 3, 786, 96)).shape[2] == 25
     with pytest.raises(ValueError, match="786"):
@@ -138,12 +142,13 @@ def test_compressor_input_size():
 
 
 def test_four_level_b():
-    """A four-level Stage B with attention and injection on three levels, both ways of conditioning."""
+    """A four-level Stage B with attention and injection on three levels, conditioned both ways."""
     for attend in (True, False):
         config = replace(TINY_B, widths=(8, 12, 16, 16), heads=(0, 2, 4, 4), blocks=(1, 1, 2, 1),
                          attend_to_sem=attend)
         model = shake(stage_b.StageB(config))
-        x, t, sem, text = torch.randn(2, 4, 16, 32), torch.rand(2), torch.randn(2, 16, 3, 6), torch.randn(2, *TEXT)
+        x, t = torch.randn(2, 4, 16, 32), torch.rand(2)
+        sem, text = torch.randn(2, 16, 3, 6), torch.randn(2, *TEXT)
         out = model(x, t, sem, text)
         assert out.shape == x.shape
         assert not torch.allclose(out, model(x, t, sem + 1, text))
@@ -155,36 +160,42 @@ def test_four_level_b():
 def test_published_names():
     """State-dict keys are those of the published checkpoints."""
     c = stage_c.StageC(TINY_C).state_dict()
-    for key in ("projection.weight", "cond_mapper.0.weight", "cond_mapper.2.bias", "blocks.0.depthwise.weight",
-                "blocks.0.channelwise.0.weight", "blocks.0.channelwise.2.gamma", "blocks.0.channelwise.4.weight",
-                "blocks.1.mapper.weight", "blocks.2.attention.to_q.weight", "blocks.2.attention.to_out.0.bias",
-                "blocks.2.kv_mapper.1.weight", "out.1.weight"):
+    for key in ("projection.weight", "cond_mapper.0.weight", "cond_mapper.2.bias",
+                "blocks.0.depthwise.weight", "blocks.0.channelwise.0.weight",
+                "blocks.0.channelwise.2.gamma", "blocks.0.channelwise.4.weight",
+                "blocks.1.mapper.weight", "blocks.2.attention.to_q.weight",
+                "blocks.2.attention.to_out.0.bias", "blocks.2.kv_mapper.1.weight",
+                "out.1.weight"):
         assert key in c
     b = stage_b.StageB(replace(TINY_B, attend_to_sem=False)).state_dict()
-    for key in ("clip_mapper.weight", "effnet_mappers.1.weight", "effnet_mappers.4.bias", "embedding.1.weight",
-                "down_blocks.1.0.1.weight", "down_blocks.1.3.attention.to_v.weight", "up_blocks.0.6.1.weight",
-                "clf.1.weight"):
+    for key in ("clip_mapper.weight", "effnet_mappers.1.weight", "effnet_mappers.4.bias",
+                "embedding.1.weight", "down_blocks.1.0.1.weight",
+                "down_blocks.1.3.attention.to_v.weight", "up_blocks.0.6.1.weight", "clf.1.weight"):
         assert key in b
     assert not any("sem_mapper" in key for key in b)
     a = stage_a.StageA(TINY_A).state_dict()
     for key in ("in_block.1.weight", "down_blocks.0.gammas", "down_blocks.0.depthwise.1.weight",
-                "down_blocks.0.channelwise.2.bias", "down_blocks.3.0.weight", "down_blocks.3.1.running_var",
-                "vquantizer.embedding.weight", "up_blocks.0.0.weight", "out_block.0.weight"):
+                "down_blocks.0.channelwise.2.bias", "down_blocks.3.0.weight",
+                "down_blocks.3.1.running_var", "vquantizer.embedding.weight",
+                "up_blocks.0.0.weight", "out_block.0.weight"):
         assert key in a
     with torch.device("meta"):
         model = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["released"])
-    assert {"backbone.1.0.block.0.0.weight", "mapper.0.weight", "mapper.1.bias"} <= set(model.state_dict())
+    keys = {"backbone.1.0.block.0.0.weight", "mapper.0.weight", "mapper.1.bias"}
+    assert keys <= set(model.state_dict())
 
 
 # ---- gradients and initialisation ----------------------------------------------------------------
 
 def test_every_parameter_has_a_gradient():
-    """One loss reaches every parameter of A, B, the compressor and C (a projection never called does not)."""
-    a, b, c = shake(stage_a.StageA(TINY_A)), shake(stage_b.StageB(TINY_B)), shake(stage_c.StageC(TINY_C))
+    """One loss reaches every parameter of A, B, the compressor and C: no layer is made but unused."""
+    a, b = shake(stage_a.StageA(TINY_A)), shake(stage_b.StageB(TINY_B))
+    c = shake(stage_c.StageC(TINY_C))
     compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])
     stage_a.loss(a, torch.rand(4, 3, 32, 64)).backward()
     text = torch.randn(4, *TEXT)
-    stage_b.loss(b, torch.randn(4, 4, 16, 32), compressor(torch.rand(4, 3, 96, 192)), text).backward()
+    stage_b.loss(b, torch.randn(4, 4, 16, 32), compressor(torch.rand(4, 3, 96, 192)),
+                 text).backward()
     stage_c.loss(c, torch.randn(4, 16, 3, 5), text).backward()
     for model in (a, b, compressor, c):
         for name, parameter in model.named_parameters():
@@ -194,7 +205,7 @@ def test_every_parameter_has_a_gradient():
 
 
 def test_initial_outputs():
-    """At init eps_hat is x_t / (1 + 1e-5) in Stage C (§3.2) and 2 x_t in Stage B (released head)."""
+    """At init eps_hat is x_t / (1 + 1e-5) in Stage C (§3.2), 2 x_t in Stage B (released head)."""
     x, t, text = torch.randn(2, 16, 3, 5), torch.rand(2), torch.randn(2, *TEXT)
     assert_close(stage_c.StageC(TINY_C)(x, t, text), x / (1 + 1e-5))
     x = torch.randn(2, 4, 16, 32)
@@ -221,11 +232,12 @@ def test_text_matters_after_one_step():
         module = stage_c if more == () else stage_b
         assert_close(model(x, t, *more, text), model(x, t, *more, text.flip(0)))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(2):                                   # the first step only wakes the zero output
+        for _ in range(2):                               # the first step only wakes the zero output
             optimizer.zero_grad()
             module.loss(model, x, *more, text).backward()
             optimizer.step()
-        assert not torch.allclose(model(x, t, *more, text), model(x, t, *more, text.flip(0)), atol=1e-6)
+        assert not torch.allclose(model(x, t, *more, text), model(x, t, *more, text.flip(0)),
+                                  atol=1e-6)
 
 
 # ---- hand values ---------------------------------------------------------------------------------
@@ -236,14 +248,16 @@ def test_ab_head():
     b = torch.tensor([0.0, 0.5, 1.5, 3.0])
     expected = torch.tensor([3 / 1.00001, 2 / 0.50001, 2 / 0.50001, -2 / 2.00001])
     assert_close(stage_c.ab_to_eps(x, a, b), expected)
-    assert_close(stage_c.ab_to_eps(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(1.0)), torch.tensor(1e5))
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    assert_close(stage_c.ab_to_eps(one, zero, one), torch.tensor(1e5))
 
 
 def test_p2_weight():
     """p2 at t = .25, .5, .75: (1 - a) / (1 + a) as in §3.2, 1 - a as released, 1 for none."""
     t = torch.tensor([0.25, 0.5, 0.75])
     assert_close(stage_c.p2_weight(t), torch.tensor([0.0832, 0.3387, 0.7477]), atol=1e-3, rtol=0)
-    assert_close(stage_c.p2_weight(t, "released"), torch.tensor([0.1535, 0.5060, 0.8556]), atol=1e-3, rtol=0)
+    assert_close(stage_c.p2_weight(t, "released"), torch.tensor([0.1535, 0.5060, 0.8556]),
+                 atol=1e-3, rtol=0)
     assert_close(stage_c.p2_weight(t, "none"), torch.ones(3))
     with pytest.raises(ValueError, match="paper, released or none"):
         stage_c.p2_weight(t, "p3")
@@ -262,7 +276,7 @@ def test_loss_is_weighted_by_p2():
 
 
 def test_stage_b_weight():
-    """Stage B's loss is the plain error of the noise, and with a cap the error in x_0 up to the cap."""
+    """Stage B's loss is the error of the noise; with a cap, the error in x_0 up to the cap."""
     class Fixed(nn.Module):
         config = replace(TINY_B, weight_cap=0.0)
 
@@ -270,15 +284,16 @@ def test_stage_b_weight():
             return torch.zeros_like(x_t)
     model, x_0, t = Fixed(), torch.zeros(2, 4, 4, 4), torch.tensor([0.5, 0.99])
     assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0)), torch.tensor(1.0))
-    model.config = replace(TINY_B, weight_cap=20.0)           # (1 - a) / a at t = .5 is 0.506 / 0.494
+    model.config = replace(TINY_B, weight_cap=20.0)         # (1 - a) / a at t = .5 is 0.506 / 0.494
     expected = torch.tensor((0.5060 / 0.4940 + 20) / 2)
-    assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0)), expected, atol=1e-3, rtol=0)
+    assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0)), expected,
+                 atol=1e-3, rtol=0)
     assert stage_b.PRESETS["paper"].weight_cap == stage_b.PRESETS["released"].weight_cap == 0
 
 
 @pytest.mark.parametrize("module", [stage_b, stage_c])
 def test_schedule(module):
-    """alpha_bar falls strictly from .9999 to .0001, noised data keep variance 1, draw_t is as described."""
+    """alpha_bar falls strictly from .9999 to .0001, noised variance is 1, draw_t is as stated."""
     t = torch.linspace(0, 1, 1001)
     a = module.alpha_bar(t)
     assert a[0] == pytest.approx(0.9999) and a[-1] == pytest.approx(1e-4)
@@ -313,7 +328,8 @@ def test_sampler_oracle(module, steps):
     x_0 = torch.randn(2, 4, 6, 5)
     text = torch.zeros(2, *TEXT)
     more = (torch.zeros(2, 16, 3, 3),) if module is stage_b else ()
-    out = module.ddpm_sample(Oracle(module, x_0), x_0.shape, *more, text, *more, text[:1], steps=steps, guidance=1)
+    out = module.ddpm_sample(Oracle(module, x_0), x_0.shape, *more, text, *more, text[:1],
+                             steps=steps, guidance=1)
     assert_close(out, x_0, atol=0.05, rtol=0)
 
 
@@ -356,8 +372,8 @@ def test_own_generator_per_sample(module):
     def draw(seeds):
         more = (torch.ones(len(seeds), 16, 3, 3),) if module is stage_b else ()
         text = torch.ones(len(seeds), *TEXT)
-        return module.ddpm_sample(model, (len(seeds), *size), *more, text, *more, text, steps=3, guidance=2,
-                                  generator=sample.generators(seeds))
+        return module.ddpm_sample(model, (len(seeds), *size), *more, text, *more, text, steps=3,
+                                  guidance=2, generator=sample.generators(seeds))
     together, alone = draw([5, 6, 7]), draw([7])
     assert_close(together[2:], alone, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(together[0], together[1], atol=0.1)
@@ -377,7 +393,7 @@ def test_vq_is_the_nearest_code():
 
 
 def test_vq_gradients():
-    """Straight-through gradient is 1; the commitment factor .25 is on the encoder's term, not the code's."""
+    """Straight-through gradient is 1; the commitment factor .25 is on the encoder's term alone."""
     quantizer = stage_a.VectorQuantizer(1, 4)
     with torch.no_grad():
         quantizer.embedding.weight.fill_(2.0)
@@ -386,10 +402,10 @@ def test_vq_gradients():
     quantised.sum().backward()
     assert_close(latents.grad, torch.ones_like(latents))
     latents.grad = None
-    quantizer(latents, 0.25)[2].backward()                   # mean over 4 of (0 - 2)^2: derivative 2 * 2 / 4
+    quantizer(latents, 0.25)[2].backward()          # mean over 4 of (0 - 2)^2: derivative 2 * 2 / 4
     assert_close(latents.grad.flatten(), torch.full((4,), -0.25))
     assert_close(quantizer.embedding.weight.grad.flatten(), torch.full((4,), 1.0))
-    assert_close(vq_loss, torch.tensor(5.0))                 # 4 + 0.25 * 4
+    assert_close(vq_loss, torch.tensor(5.0))        # 4 + 0.25 * 4
 
 
 def test_quantisation_drop():
@@ -420,9 +436,10 @@ def test_codebook_does_not_collapse():
 
 
 def test_discriminator_sends_gradients():
-    """The adversarial term adds exactly its weight times the discriminator's gradient to the decoder's."""
+    """The adversarial term adds its weight times the discriminator's gradient to the decoder's."""
     torch.manual_seed(0)
-    a, images, drop = shake(stage_a.StageA(TINY_A)), torch.rand(2, 3, 64, 64), torch.zeros(2, dtype=torch.bool)
+    a, images = shake(stage_a.StageA(TINY_A)), torch.rand(2, 3, 64, 64)
+    drop = torch.zeros(2, dtype=torch.bool)
     judge = stage_a.PatchDiscriminator(8)
     weight = a.up_blocks[0][0].weight
 
@@ -433,7 +450,8 @@ def test_discriminator_sends_gradients():
     without, with_judge = gradient(None), gradient(judge)
     a.zero_grad()
     (-judge(a.decode(a.quantize(a.encode(images))[0])).mean()).backward()
-    assert_close(with_judge - without, TINY_A.adversarial_weight * weight.grad, atol=1e-6, rtol=1e-2)
+    assert_close(with_judge - without, TINY_A.adversarial_weight * weight.grad,
+                 atol=1e-6, rtol=1e-2)
     assert weight.grad.abs().max() > 0
 
 
@@ -449,7 +467,7 @@ def test_hinge_loss():
 
 
 def test_perceptual_network():
-    """The VGG16 distance (random weights here) is zero for equal pictures and has gradients otherwise."""
+    """The VGG16 distance (random weights) is 0 for equal pictures and has gradients otherwise."""
     network = stage_a.VGG16Perceptual(weights=None)
     a, b = torch.rand(1, 3, 32, 32, requires_grad=True), torch.rand(1, 3, 32, 32)
     assert network(b, b) == 0
@@ -477,14 +495,14 @@ def test_standardise():
 # ---- conditions of Stages B and C ----------------------------------------------------------------
 
 def test_drop_and_noise():
-    """5 % lose both conditions, 5 % text, 5 % sem; 30 % of the rest are noised; zeros are zeros when raw."""
+    """5 % lose both, 5 % text, 5 % sem; 30 % of the rest are noised; zeros are zeros when raw."""
     torch.manual_seed(0)
     n = 20_000
     sem, text, null = torch.ones(n, 1, 1, 1), torch.ones(n, 1, 1), torch.zeros(1, 1, 1)
     out, words = stage_b.drop_and_noise(sem, text, null, stage_b.PRESETS["paper"])
     no_sem, no_text = (out == 0).flatten(), (words == 0).flatten()
     noised = ~no_sem & (out != 1).flatten()
-    shares = [(no_sem & no_text), (no_text & ~no_sem), (no_sem & ~no_text), noised, noised & no_text]
+    shares = [no_sem & no_text, no_text & ~no_sem, no_sem & ~no_text, noised, noised & no_text]
     assert_close(torch.tensor([share.float().mean() for share in shares]),
                  torch.tensor([0.05, 0.05, 0.05, 0.85 * 0.3, 0.0]), atol=0.006, rtol=0)
     clean = replace(stage_b.PRESETS["released"], noise_sem=0.0)
@@ -522,10 +540,11 @@ def test_overfit_a():
 
 
 def test_overfit_c_two_captions():
-    """After overfitting two captions, sampling each returns its own x_0; swapped captions swap results."""
+    """After overfitting two captions, each samples its own x_0; swapped captions swap results."""
     torch.manual_seed(0)
     encoder = data.text_encoder("pocket")
-    text, null = encoder(["a red star above a blue circle", "a blue circle above a red star"]), encoder([""])
+    captions = ["a red star above a blue circle", "a blue circle above a red star"]
+    text, null = encoder(captions), encoder([""])
     x_0 = torch.randn(2, 16, 3, 3)
     model = stage_c.StageC(replace(TINY_C, width=48))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -545,7 +564,7 @@ def test_overfit_c_two_captions():
 
 
 def test_overfit_b():
-    """After overfitting two latents told apart by sem alone, sampling with each sem returns its own."""
+    """After overfitting two latents told apart by sem alone, each sem samples its own x_0."""
     torch.manual_seed(0)
     x_0 = torch.randn(2, 4, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)   # (2, 4, 16, 16)
     sem, text = torch.randn(2, 16, 3, 3), torch.zeros(2, *TEXT)
@@ -555,7 +574,8 @@ def test_overfit_b():
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * min(1, (150 - step) / 75)
         optimizer.zero_grad()
-        stage_b.loss(model, x_0.repeat(8, 1, 1, 1), sem.repeat(8, 1, 1, 1), text.repeat(8, 1, 1)).backward()
+        stage_b.loss(model, x_0.repeat(8, 1, 1, 1), sem.repeat(8, 1, 1, 1),
+                     text.repeat(8, 1, 1)).backward()
         optimizer.step()
 
     def draw(sem):
@@ -568,8 +588,9 @@ def test_overfit_b():
 
 # ---- copies and plumbing -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["alpha_bar", "draw_t", "diffuse", "randn", "LayerNorm2d", "TimestepBlock",
-                                  "GlobalResponseNorm", "timestep_embedding", "Attention"])
+@pytest.mark.parametrize("name", [
+    "alpha_bar", "draw_t", "diffuse", "randn", "LayerNorm2d", "TimestepBlock",
+    "GlobalResponseNorm", "timestep_embedding", "Attention"])
 def test_twins(name):
     """What stands in both stage_b.py and stage_c.py is the same to the letter."""
     assert inspect.getsource(getattr(stage_b, name)) == inspect.getsource(getattr(stage_c, name))
@@ -578,8 +599,9 @@ def test_twins(name):
 def test_stages_stand_alone():
     """Importing a stage imports torch alone: no data, no other stage, no open_clip."""
     for module in ("stage_a", "stage_b", "stage_c"):
-        code = (f"import sys, {module}; print([m for m in sys.modules if m in ('data', 'sample', 'open_clip', "
-                "'torchvision', 'semantic_compressor', 'plumbing') or m.startswith('stage_')])")
+        code = (f"import sys, {module}; print([m for m in sys.modules if m in ('data', 'sample', "
+                "'open_clip', 'torchvision', 'semantic_compressor', 'plumbing') "
+                "or m.startswith('stage_')])")
         assert command("-c", code).stdout.strip() == f"['{module}']"
 
 
@@ -596,7 +618,7 @@ def test_ema():
 
 
 def test_learning_rate():
-    """Linear warm-up, then constant, then (where there is a cooldown) linear decay to the last step."""
+    """Linear warm-up, then constant, then (with a cooldown) linear decay to the last step."""
     config = replace(TINY_C, lr=1.0, warmup=10, steps=100, cooldown=0)
     assert [run.learning_rate(step, config) for step in (0, 9, 50, 99)] == [0.1, 1, 1, 1]
     config = replace(config, cooldown=50)
@@ -604,7 +626,7 @@ def test_learning_rate():
 
 
 def test_nan_guard():
-    """A step that is not finite is reported as bad and counted; ten in a row end the run with a sentence."""
+    """A step that is not finite is bad and counted; ten in a row end the run with a sentence."""
     guard = run.NanGuard()
     assert guard.is_bad(torch.tensor(float("nan")), 0) and not guard.is_bad(torch.tensor(1.0), 1)
     for step in range(9):
@@ -631,7 +653,8 @@ def test_checkpoint_errors(tmp_path):
         stage_a.load(tmp_path / "bad.pt")
     run.save_checkpoint(tmp_path / "b.pt", dict(stage="B"))
     assert not list(tmp_path.glob("*.tmp"))
-    with pytest.raises(run.CheckpointError, match="found a checkpoint of 'B', expected one of stage 'A'"):
+    with pytest.raises(run.CheckpointError,
+                       match="found a checkpoint of 'B', expected one of stage 'A'"):
         stage_a.load(tmp_path / "b.pt")
 
 
@@ -673,7 +696,7 @@ def same(one, two, where):
 
 
 def same_checkpoint(one, two):
-    """Two checkpoints agree in all: weights, EMA, optimizers, random numbers, data position (next keys)."""
+    """Two checkpoints agree in all: weights, EMA, optimizers, random numbers, data position."""
     one, two = (torch.load(path, weights_only=True) for path in (one, two))
     same(one, two, "checkpoint")
 
@@ -696,10 +719,10 @@ def test_sigkill(chain, drawings, tmp_path):
     config = replace(TINY_C, steps=30, save_every=5)
     a, b = chain / "stage_a/checkpoint.pt", chain / "stage_b/checkpoint.pt"
     stage_c.train(config, drawings, tmp_path / "whole", a, b)
-    arguments = ["stage_c.py", *flags(config, stage_c.PRESETS["pocket"]), "--data", drawings, "--stage-a", a,
-                 "--stage-b", b, "--out", tmp_path / "killed"]
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    arguments = ["stage_c.py", *flags(config, stage_c.PRESETS["pocket"]), "--data", drawings,
+                 "--stage-a", a, "--stage-b", b, "--out", tmp_path / "killed"]
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "killed/log.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 8):
         time.sleep(0.01)
@@ -716,12 +739,12 @@ def test_interrupt_saves(drawings, tmp_path):
     """Ctrl-C saves a checkpoint, says how to go on and ends cleanly."""
     config = replace(TINY_A, steps=100_000, save_every=100_000, workers=1)
     process = subprocess.Popen(
-        [sys.executable, "stage_a.py", *flags(config, stage_a.PRESETS["pocket"]), "--data", str(drawings),
-         "--out", str(tmp_path)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True)
+        [sys.executable, "stage_a.py", *flags(config, stage_a.PRESETS["pocket"]),
+         "--data", str(drawings), "--out", str(tmp_path)],
+        cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and not (tmp_path / "log.jsonl").exists():
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)                    # as a terminal does: workers get it, too
+    os.killpg(process.pid, signal.SIGINT)                  # as a terminal does: workers get it, too
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "the same command goes on" in out, out + err
     assert (tmp_path / "checkpoint.pt").is_file()
@@ -735,7 +758,7 @@ def test_another_config_is_refused(chain, drawings, tmp_path):
 
 
 def test_discriminator_starts_at_its_step(drawings, tmp_path):
-    """With --adversarial-start 2 the discriminator is untouched after two steps and has moved after three."""
+    """With --adversarial-start 2 the discriminator is untouched after 2 steps and moved after 3."""
     config = replace(TINY_A, adversarial_start=2)
     stage_a.train(replace(config, steps=2), drawings, tmp_path)
     before = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["discriminator"]
@@ -763,7 +786,7 @@ def test_settle():
 
 
 def test_checkpoint_keeps_the_scale(chain):
-    """A's and the compressor's measured (mean, std) are in the checkpoint's config and used by load()."""
+    """A's and the compressor's measured (mean, std) are in the checkpoint and used by load()."""
     a = stage_a.load(chain / "stage_a/checkpoint.pt")
     assert a.config.latent_std != 1 and not a.training
     compressor = semantic_compressor.load(chain / "stage_b/checkpoint.pt")
@@ -774,19 +797,22 @@ def test_checkpoint_keeps_the_scale(chain):
 def test_sample_command_line(chain, tmp_path):
     """sample.py: one prompt at a non-square size -> a PNG of that size with its settings inside."""
     out = tmp_path / "one.png"
-    command("sample.py", "a red star above a blue circle", "--weights", chain, "--size", "256x128", "--steps-c", 3,
-            "--steps-b", 2, "--seed", 5, "--out", out)
+    command("sample.py", "a red star above a blue circle", "--weights", chain,
+            "--size", "256x128", "--steps-c", 3, "--steps-b", 2, "--seed", 5, "--out", out)
     image = Image.open(out)
     assert image.size == (256, 128)
     about = json.loads(image.text["parameters"])
-    assert about["prompts"] == ["a red star above a blue circle"] and about["seed"] == 5 and about["steps_c"] == 3
+    assert about["prompts"] == ["a red star above a blue circle"]
+    assert about["seed"] == 5 and about["steps_c"] == 3
 
 
 def test_sample_in_process(chain, tmp_path, capsys):
     """--prompts, --n, --stages, --reconstruct and both starts each write their picture."""
-    quick = ["--weights", str(chain), "--steps-c", "2", "--steps-b", "2", "--out", str(tmp_path / "x.png")]
+    quick = ["--weights", str(chain), "--steps-c", "2", "--steps-b", "2",
+             "--out", str(tmp_path / "x.png")]
     (tmp_path / "prompts.txt").write_text("a red star\n\na blue circle\n")
-    sample.main(["--prompts", str(tmp_path / "prompts.txt"), "--n", "2", "--start", "gaussian", *quick])
+    sample.main(["--prompts", str(tmp_path / "prompts.txt"), "--n", "2",
+                 "--start", "gaussian", *quick])
     assert Image.open(tmp_path / "x.png").size[0] == 2 * 132 + 4
     sample.main(["a red star", "--stages", *quick])
     Image.effect_noise((200, 130), 50).convert("RGB").save(tmp_path / "in.png")
@@ -796,7 +822,8 @@ def test_sample_in_process(chain, tmp_path, capsys):
 
 def test_same_seed_same_picture(chain):
     """Picture i of a seed is the same alone and in a batch."""
-    nets = sample.load_chain(*(chain / name / "checkpoint.pt" for name in ("stage_a", "stage_b", "stage_c")))
+    nets = sample.load_chain(*(chain / name / "checkpoint.pt"
+                               for name in ("stage_a", "stage_b", "stage_c")))
 
     def draw(seeds):
         prompts = ["a red star"] * len(seeds)
@@ -815,13 +842,16 @@ def test_sample_refuses(chain, tmp_path):
     state = torch.load(chain / "stage_c/checkpoint.pt", weights_only=True)
     run.save_checkpoint(tmp_path / "c.pt", dict(state, compressor="0"))
     with pytest.raises(run.CheckpointError, match="another compressor"):
-        sample.load_chain(chain / "stage_a/checkpoint.pt", chain / "stage_b/checkpoint.pt", tmp_path / "c.pt")
+        sample.load_chain(chain / "stage_a/checkpoint.pt", chain / "stage_b/checkpoint.pt",
+                          tmp_path / "c.pt")
 
 
 def test_missing_stage_is_explained(drawings, tmp_path):
     """Stage C without a Stage B checkpoint says what is needed and which command makes it."""
-    done = command("stage_c.py", "--data", drawings, "--preset", "pocket", "--stage-b", tmp_path / "b.pt", check=False)
-    assert done.returncode == 1 and "Semantic Compressor" in done.stderr and "stage_b.py" in done.stderr
+    done = command("stage_c.py", "--data", drawings, "--preset", "pocket",
+                   "--stage-b", tmp_path / "b.pt", check=False)
+    assert done.returncode == 1
+    assert "Semantic Compressor" in done.stderr and "stage_b.py" in done.stderr
 
 
 @pytest.mark.parametrize("file", ["stage_a.py", "stage_b.py", "stage_c.py", "sample.py"])
@@ -831,7 +861,7 @@ def test_help(file):
     assert ("Würstchen" in out) and ("--out" in out)
 
 
-# ---- data.py: making sources ----------------------------------------------------------------------
+# ---- data.py: making sources ---------------------------------------------------------------------
 
 def encoded(size=(40, 30), colour=(200, 30, 40), mode="RGB", form="PNG", **options):
     file = io.BytesIO()
@@ -869,13 +899,14 @@ def shards(tmp_path):
     return tmp_path / "shards"
 
 
-# ---- sources ---------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 def test_sources_of_tars(shards):
     """Folder, brace pattern, glob and single tar name the same samples, in the same order."""
     folder = data.CaptionedImages(shards)
     assert len(folder) == 12
-    for source in (f"{shards}/{{00000..00002}}.tar", f"{shards}/*.tar", f"{shards}/0000{{0,1,2}}.tar"):
+    for source in (f"{shards}/{{00000..00002}}.tar", f"{shards}/*.tar",
+                   f"{shards}/0000{{0,1,2}}.tar"):
         other = data.CaptionedImages(source)
         assert [other.key(i) for i in range(12)] == [folder.key(i) for i in range(12)]
     assert len(data.CaptionedImages(shards / "00001.tar")) == 4
@@ -927,8 +958,10 @@ def test_folder_of_images(tmp_path):
         if name != "lonely.png":
             (tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}\n")
     found = data.CaptionedImages(tmp_path)
-    assert [found.key(i) for i in range(len(found))] == ["a", "b 2024.01.02", "b 2024.01.03", "sub/c"]
-    assert found[2]["caption"] == "caption of b 2024.01.03.PNG" and found[0]["image"].shape == (3, 30, 40)
+    keys = [found.key(i) for i in range(len(found))]
+    assert keys == ["a", "b 2024.01.02", "b 2024.01.03", "sub/c"]
+    assert found[2]["caption"] == "caption of b 2024.01.03.PNG"
+    assert found[0]["image"].shape == (3, 30, 40)
     assert found.counts() == {"no caption": 1} and "lonely" in found.describe()
 
 
@@ -936,11 +969,13 @@ def test_folder_with_metadata_jsonl(tmp_path, capfd):
     """metadata.jsonl gives captions and extras; broken lines and missing images are counted."""
     for name in ("a.png", "b.png", "d.png"):
         (tmp_path / name).write_bytes(encoded())
-    lines = ['{"file_name": "a.png", "text": "an a", "score": 3}', '{"file_name": "b.png", "text": "ä b"}',
-             "", "{broken", '{"file_name": "c.png", "text": "c"}', '{"file_name": "d.png", "label": "d"}']
+    lines = ['{"file_name": "a.png", "text": "an a", "score": 3}',
+             '{"file_name": "b.png", "text": "ä b"}', "", "{broken",
+             '{"file_name": "c.png", "text": "c"}', '{"file_name": "d.png", "label": "d"}']
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     found = data.CaptionedImages(tmp_path)
-    assert [found.caption(i) for i in range(2)] == ["an a", "ä b"] and found[0]["meta"]["score"] == 3
+    assert [found.caption(i) for i in range(2)] == ["an a", "ä b"]
+    assert found[0]["meta"]["score"] == 3
     assert found.counts() == {"unreadable line of metadata.jsonl": 1, "no image": 1}
     assert found[2]["failed"].startswith("no caption")
     assert "line 4" in capfd.readouterr().err
@@ -950,14 +985,15 @@ def test_unusable_sources(tmp_path):
     """Nothing usable, or mostly unusable: one sentence with path, found, expected."""
     (tmp_path / "empty").mkdir()
     make_tar(tmp_path / "texts" / "0.tar", [("a.txt", b"only a caption"), ("b.txt", b"b")])
-    make_tar(tmp_path / "most" / "0.tar", [*members_of(2), ("x.png", b"1"), ("y.png", b"1"), ("z.png", b"1")])
-    for name, reason in (("empty", "nothing"), ("texts", "2 x no image"), ("most", "3 of the first 5"),
-                         ("gone", "missing shard")):
+    make_tar(tmp_path / "most" / "0.tar",
+             [*members_of(2), ("x.png", b"1"), ("y.png", b"1"), ("z.png", b"1")])
+    for name, reason in (("empty", "nothing"), ("texts", "2 x no image"),
+                         ("most", "3 of the first 5"), ("gone", "missing shard")):
         with pytest.raises(data.DataError, match=rf"{name}.*{reason}.*expected"):
             data.CaptionedImages(tmp_path / name)
 
 
-# ---- damaged tars ----------------------------------------------------------------------------------
+# ---- damaged tars --------------------------------------------------------------------------------
 
 def damaged(path, how):
     content = bytearray(path.read_bytes())
@@ -1035,7 +1071,7 @@ def test_index_is_cached_and_renewed(shards, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 3
 
 
-# ---- decoding --------------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 
 def png16(values):
     file = io.BytesIO()
@@ -1114,8 +1150,10 @@ def test_resize_and_crop(tmp_path):
     for name, size in (("wide", (200, 50)), ("tiny", (9, 7))):
         (tmp_path / f"{name}.png").write_bytes(encoded(size=size))
         (tmp_path / f"{name}.txt").write_text(name)
-    shape = lambda **options: [tuple(data.CaptionedImages(tmp_path, **options)[i]["image"].shape[1:])
-                               for i in (0, 1)]
+
+    def shape(**options):
+        found = data.CaptionedImages(tmp_path, **options)
+        return [tuple(found[i]["image"].shape[1:]) for i in (0, 1)]
     assert shape() == [(7, 9), (50, 200)]
     assert shape(resize=32) == [(32, 41), (32, 128)]
     assert shape(resize=32, crop=32) == [(32, 32)] * 2
@@ -1125,10 +1163,13 @@ def test_resize_and_crop(tmp_path):
 def test_crops_are_seeded(tmp_path):
     """A crop follows from (seed, epoch, index) alone; center=True takes the middle."""
     file = io.BytesIO()
-    Image.fromarray(np.arange(100 * 100 * 3).reshape(100, 100, 3).astype(np.uint8)).save(file, "PNG")
+    pixels = np.arange(100 * 100 * 3).reshape(100, 100, 3).astype(np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
     (tmp_path / "a.png").write_bytes(file.getvalue())
     (tmp_path / "a.txt").write_text("a")
-    crop = lambda where, **options: data.CaptionedImages(tmp_path, crop=20, **options)[where]["image"]
+
+    def crop(where, **options):
+        return data.CaptionedImages(tmp_path, crop=20, **options)[where]["image"]
     torch.testing.assert_close(crop((3, 0)), crop((3, 0)), rtol=0, atol=0)
     assert not torch.equal(crop((3, 0)), crop((4, 0)))
     assert not torch.equal(crop((3, 0)), crop((3, 0), seed=1))
@@ -1136,7 +1177,7 @@ def test_crops_are_seeded(tmp_path):
     torch.testing.assert_close(crop(0, center=True), whole[:, 40:60, 40:60], rtol=0, atol=0)
 
 
-# ---- batches ---------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_sample_once_per_epoch(tmp_path, workers):
@@ -1150,7 +1191,8 @@ def test_each_sample_once_per_epoch(tmp_path, workers):
     assert images.shape == (4, 3, 30, 40) and images.dtype == torch.float32 and images.max() <= 1
     for batch in batches:  # images, captions and keys belong together
         assert batch["captions"] == [f"number {i}" for i in batch["indices"]]
-        torch.testing.assert_close(batch["images"][:, 0, 0, 0] * 255, torch.tensor(batch["indices"]).float())
+        torch.testing.assert_close(batch["images"][:, 0, 0, 0] * 255,
+                                   torch.tensor(batch["indices"]).float())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1252,7 +1294,7 @@ def test_memory_refuses_what_float16_cannot_hold(shards):
         data.remember(data.CaptionedImages(shards), lambda batch: (batch["images"] * 1e6,))
 
 
-# ---- text encoder ----------------------------------------------------------------------------------
+# ---- text encoder --------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def encoder():
@@ -1261,7 +1303,8 @@ def encoder():
 
 def test_pocket_text_encoder(encoder):
     """24 un-pooled tokens; word order matters; '' works; alone or in a batch is the same."""
-    captions = ["red star blue circle", "blue star red circle", "", "a red star above a blue circle"]
+    captions = ["red star blue circle", "blue star red circle", "",
+                "a red star above a blue circle"]
     tokens = encoder(captions)
     assert tokens.shape == (4, encoder.length, encoder.width) == (4, 24, 128)
     assert tokens.dtype == torch.float32 and not tokens.requires_grad
@@ -1278,7 +1321,8 @@ def test_pocket_text_encoder_is_the_same_everywhere(encoder):
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.train().training
 
 
-@pytest.mark.parametrize("suffix, prefix", [(".safetensors", ""), (".pt", "module."), (".bin", "text.")])
+@pytest.mark.parametrize("suffix, prefix", [
+    (".safetensors", ""), (".pt", "module."), (".bin", "text.")])
 def test_clip_weights_from_a_file(tmp_path, monkeypatch, suffix, prefix):
     """Of a whole CLIP checkpoint only the text tower is read, whatever the file's form."""
     from open_clip.transformer import TextTransformer
@@ -1326,7 +1370,7 @@ def test_bad_clip_files(tmp_path):
             data.text_encoder("clip-h", weights=tmp_path / name)
 
 
-# ---- the built-in drawings -------------------------------------------------------------------------
+# ---- the built-in drawings -----------------------------------------------------------------------
 
 def things(scene):
     return [(thing["colour"], thing["shape"]) for thing in scene["objects"]]
@@ -1350,7 +1394,8 @@ def test_held_out_of_train():
     assert all((b, a) in pairs for a, b in pairs)
     train = [things(shapes.scene(i)) for i in range(2000)]
     for shown in train:
-        assert not objects & set(shown) and tuple(shown) not in pairs and len(set(shown)) == len(shown)
+        assert not objects & set(shown) and tuple(shown) not in pairs
+        assert len(set(shown)) == len(shown)
     kinds = set()
     for i in range(500):
         scene = shapes.scene(i, "heldout")
@@ -1403,8 +1448,10 @@ def read_relation(text):
     text = re.sub(r" on a \w+ background$|^on \w+: |^a \w+ background with ", "", text)
     say = {"to the left of": "left of", "to the right of": "right of", "under": "below"}
     relation = r"(to the left of|left of|to the right of|right of|above|below|under)"
-    if m := re.fullmatch(rf"an? {words} with an? {words} (on its left|on its right|above it|below it)", text):
-        other = {"on its left": "left of", "on its right": "right of", "above it": "above", "below it": "below"}
+    beside = r"(on its left|on its right|above it|below it)"
+    if m := re.fullmatch(rf"an? {words} with an? {words} {beside}", text):
+        other = {"on its left": "left of", "on its right": "right of",
+                 "above it": "above", "below it": "below"}
         return (m[3], m[4]), other[m[5]], (m[1], m[2])
     if m := re.fullmatch(rf"{relation} an? {words} is an? {words}", text):
         return (m[4], m[5]), say.get(m[1], m[1]), (m[2], m[3])
@@ -1425,7 +1472,8 @@ def test_captions_are_true_and_varied():
             (scene["relation"], *shown), (shapes.RELATIONS[scene["relation"]], *shown[::-1])), text
         for word in set(shapes.BACKGROUNDS) & set(text.split()):
             assert word == scene["background"]
-        forms.add(" ".join("_" if w in shapes.COLOURS or w in shapes.SHAPES else w for w in text.split()))
+        forms.add(" ".join("_" if w in shapes.COLOURS or w in shapes.SHAPES else w
+                           for w in text.split()))
     assert len(forms) > 100
     for text, scene in shapes.prompts(20, seed=1):
         assert all(word in text.split() for thing in things(scene) for word in thing)
@@ -1451,7 +1499,7 @@ def test_prompts_are_different_and_of_their_split():
         assert all(bool(shapes.held_out(scene)) == (split == "heldout") for _, scene in some)
 
 
-# ---- commands --------------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
@@ -1462,7 +1510,8 @@ def test_shapes_do_not_depend_on_workers(tmp_path):
     options = dict(count=23, size=32, per_shard=5)
     data.make_shapes(tmp_path / "one", workers=1, **options)
     data.make_shapes(tmp_path / "two", workers=2, **options)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(contents(tmp_path / "one")) == 5
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert len(contents(tmp_path / "one")) == 5
     kept = (tmp_path / "two" / "00000.tar").stat().st_mtime_ns
     (tmp_path / "two" / "00003.tar").unlink()
     (tmp_path / "two" / "00003.tar.tmp").write_bytes(b"half")
@@ -1479,7 +1528,8 @@ def test_shapes_do_not_depend_on_workers(tmp_path):
 
 def test_commands_shapes_and_look(tmp_path):
     """`shapes` writes heldout shards, `look` prints what they hold and draws a contact sheet."""
-    done = command("data.py", "shapes", "--out", tmp_path / "s", "--count", 30, "--split", "heldout", "--size", 48)
+    done = command("data.py", "shapes", "--out", tmp_path / "s", "--count", 30,
+                   "--split", "heldout", "--size", 48)
     assert done.returncode == 0, done.stderr
     done = command("data.py", "look", tmp_path / "s", "--out", tmp_path / "look.png")
     assert done.returncode == 0, done.stderr
@@ -1497,18 +1547,22 @@ def test_command_pack(tmp_path):
     """`pack` copies jpg, png and webp byte for byte, is deterministic, overwrites nothing."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    files = {"a.jpg": encoded(form="JPEG"), "b.webp": encoded(form="WEBP"), "c.bmp": encoded(form="BMP"),
-             "d.png": encoded(size=(64, 20)), "wrong.png": encoded(form="JPEG"), "broken.jpg": b"x"}
+    files = {"a.jpg": encoded(form="JPEG"), "b.webp": encoded(form="WEBP"),
+             "c.bmp": encoded(form="BMP"), "d.png": encoded(size=(64, 20)),
+             "wrong.png": encoded(form="JPEG"), "broken.jpg": b"x"}
     for name, content in files.items():
         (pictures / name).write_bytes(content)
         (pictures / name).with_suffix(".txt").write_text(f"this is {name}", encoding="utf-8")
-    done = command("data.py", "pack", pictures, "--out", tmp_path / "out" / "mine", "--per-shard", 2)
+    done = command("data.py", "pack", pictures, "--out", tmp_path / "out" / "mine",
+                   "--per-shard", 2)
     assert done.returncode == 0, done.stderr
     assert "5 samples in 3 shard(s); left out 1 x cannot be decoded" in done.stdout
     packed = data.CaptionedImages(tmp_path / "out" / "mine")
     samples = [packed[i] for i in range(5)]
-    assert {s["caption"]: packed.read(s["index"], 0) for s in samples if "bmp" not in s["caption"]} == {
-        f"this is {name}": content for name, content in files.items() if name not in ("c.bmp", "broken.jpg")}
+    copied = {s["caption"]: packed.read(s["index"], 0) for s in samples
+              if "bmp" not in s["caption"]}
+    assert copied == {f"this is {name}": content for name, content in files.items()
+                      if name not in ("c.bmp", "broken.jpg")}
     meta = next(s["meta"] for s in samples if s["caption"] == "this is d.png")
     assert (meta["width"], meta["original_height"], meta["source"]) == (64, 20, "d")
     with pytest.raises(SystemExit, match="nothing is overwritten"):

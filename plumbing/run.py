@@ -306,7 +306,7 @@ def by_level(record, edges=(0.25, 0.5, 0.75, 1.0)):
 
 
 class Log:
-    """A tqdm bar with loss, images/s and ETA; a JSON line in out/log.jsonl per `log_every` steps."""
+    """A tqdm bar with loss, img/s and ETA; a JSON line in out/log.jsonl per `log_every` steps."""
 
     def __init__(self, out, steps, start, rank):
         self.path, self.rank = Path(out) / "log.jsonl", rank
