@@ -449,7 +449,7 @@ def train(config, source, out):
             log.pause()
         if last:
             break
-    log.finish(out, stop.asked)
+    log.finish(out, stop)
 
 
 @torch.no_grad()

@@ -598,7 +598,7 @@ def train(config, source, out, stage_a_path, clip=None):
             log.pause()
         if last:
             break
-    log.finish(out, stop.asked)
+    log.finish(out, stop)
 
 
 @torch.no_grad()

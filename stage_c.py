@@ -491,7 +491,7 @@ def train(config, source, out, stage_a, stage_b, clip=None):
             log.pause()
         if last:
             break
-    log.finish(out, stop.asked)
+    log.finish(out, stop)
 
 
 @torch.no_grad()

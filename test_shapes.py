@@ -188,7 +188,7 @@ def test_published_names():
 # ---- gradients and initialisation ----------------------------------------------------------------
 
 def test_every_parameter_has_a_gradient():
-    """One loss reaches every parameter of A, B, the compressor and C: no layer is made but unused."""
+    """One loss reaches every parameter of A, B, the compressor and C: none is made but unused."""
     a, b = shake(stage_a.StageA(TINY_A)), shake(stage_b.StageB(TINY_B))
     c = shake(stage_c.StageC(TINY_C))
     compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])

@@ -277,13 +277,22 @@ class StopSignal:
     """Ctrl-C and SIGTERM ask the loop to stop after this step; a second Ctrl-C stops at once."""
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.process = False, os.getpid()
         signal.signal(signal.SIGINT, self.ask)
         signal.signal(signal.SIGTERM, self.ask)
 
     def ask(self, number, frame):
-        self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if os.getpid() == self.process:
+            self.asked = True
+        else:                                             # a forked worker: simply end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def over(self):
+        """The loop is over: signals mean again what they usually mean."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def now(self, device, world):
         """Whether to stop after this step; all processes agree, whichever of them was asked."""
@@ -347,11 +356,13 @@ class Log:
         """Call after a preview or a checkpoint: their time is not the step's."""
         self.clock, self.images = time.perf_counter(), 0
 
-    def finish(self, out, stopped):
+    def finish(self, out, stop):
+        """Say how the run ended. stop: its StopSignal."""
+        stop.over()
         self.bar.close()
         if self.rank == 0:
             print(f"stopped on request, saved in {out}; the same command goes on from there" if
-                  stopped else f"finished; checkpoint, log and previews are in {out}", flush=True)
+                  stop.asked else f"finished; checkpoint, log and previews are in {out}", flush=True)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
