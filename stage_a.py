@@ -19,7 +19,7 @@ Letters: B batch, C channels, H W height and width of the image, h w of a latent
 Architecture follows the published v1/v2 VQGAN (dome272/Wuerstchen, vqgan.py): same attribute
 names, so that its weights load without renaming.
 
-    python stage_a.py --data shards/                       paper size, for a GPU
+    python stage_a.py --data shards/                         paper size, for a GPU
     python stage_a.py --data shards/shapes --preset pocket   two CPU cores, minutes
 
 A healthy pocket run prints: psnr near 25 after 200 steps and rising, codes_used above .9 after 300.
@@ -394,12 +394,12 @@ def train(config, source, out):
                 with torch.no_grad():
                     revive_codes(model, model.encode(images), used)
                 run.agree(used, model.vquantizer.embedding.weight.data, world)
+            discriminator.requires_grad_(False)                           # it only judges here …
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 value = loss(model, images, perceptual, discriminator if adversarial else None,
                              record=record)
             used[record["indices"].flatten()] = True
             # backward
-            discriminator.requires_grad_(False)                           # it only judges here …
             (value / config.accumulate).backward()
             if adversarial:
                 discriminator.requires_grad_(True)                        # … and only learns here

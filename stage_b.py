@@ -18,7 +18,7 @@ compressor's grid (24x24), L text tokens, E width of the text encoder, t noise l
 Architecture and attribute names follow the published v2 decoder (dome272/Wuerstchen, modules.py,
 DiffNeXt). Its training was never published; the training here follows the paper.
 
-    python stage_b.py --data shards/                         paper size, one A100
+    python stage_b.py --data shards/                         paper size, for a GPU
     python stage_b.py --data shards/shapes --preset pocket   two CPU cores, minutes
 
 A healthy pocket run prints: error falling at every noise level, the last number (t near 1) first:
@@ -471,6 +471,9 @@ def train(config, source, out, stage_a_path, clip=None):
     run.required(stage_a_path, "a Stage A checkpoint",
                  "train it with `python stage_a.py --data …`, or name it with --stage-a. also "
                  f"needed: {config.text_encoder} text (built in, from the hub, or --clip FILE)")
+    if config.compressor not in semantic_compressor.PRESETS:
+        raise run.ConfigError(f"--compressor {config.compressor}: expected one of "
+                              f"{', '.join(semantic_compressor.PRESETS)}")
     vqgan = stage_a.load(stage_a_path, device)
     encoder = data.text_encoder(config.text_encoder, clip, device)
     if encoder.width != config.text_width:

@@ -18,7 +18,7 @@ E width of the text encoder, t noise level from 0 (clean) to 1 (noise). (B is al
 of the head, as in the paper; in code that is `b`.)
 Architecture and attribute names follow the published v2 prior (dome272/Wuerstchen, modules.py).
 
-    python stage_c.py --data shards/                         paper size, one A100
+    python stage_c.py --data shards/                         paper size, for a GPU
     python stage_c.py --data shards/shapes --preset pocket   two CPU cores, minutes
 
 A healthy pocket run prints: error by noise level starting near [t<.25 1.6 | .5 .9 | .75 .3 | 1 .04]

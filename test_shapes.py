@@ -232,10 +232,8 @@ def test_text_matters_after_one_step():
         module = stage_c if more == () else stage_b
         assert_close(model(x, t, *more, text), model(x, t, *more, text.flip(0)))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(2):                               # the first step only wakes the zero output
-            optimizer.zero_grad()
-            module.loss(model, x, *more, text).backward()
-            optimizer.step()
+        module.loss(model, x, *more, text).backward()
+        optimizer.step()
         assert not torch.allclose(model(x, t, *more, text), model(x, t, *more, text.flip(0)),
                                   atol=1e-6)
 
@@ -293,7 +291,7 @@ def test_stage_b_weight():
 
 @pytest.mark.parametrize("module", [stage_b, stage_c])
 def test_schedule(module):
-    """alpha_bar falls strictly from .9999 to .0001, noised variance is 1, draw_t is as stated."""
+    """alpha_bar falls from .9999 to .0001 (flat where clamped), noised variance is 1, draw_t fits."""
     t = torch.linspace(0, 1, 1001)
     a = module.alpha_bar(t)
     assert a[0] == pytest.approx(0.9999) and a[-1] == pytest.approx(1e-4)

@@ -361,8 +361,9 @@ class Log:
         stop.over()
         self.bar.close()
         if self.rank == 0:
-            print(f"stopped on request, saved in {out}; the same command goes on from there" if
-                  stop.asked else f"finished; checkpoint, log and previews are in {out}", flush=True)
+            print(f"stopped on request, saved in {out}; the same command goes on from there"
+                  if stop.asked else f"finished; checkpoint, log and previews are in {out}",
+                  flush=True)
 
 
 # ---- pictures ------------------------------------------------------------------------------------

@@ -27,9 +27,8 @@ the same drawings in every numpy version, for any number of workers.
 import numpy as np
 from PIL import Image, ImageDraw
 
-# ---------------------------------------------------------------------------------------------
-# The grammar
-# ---------------------------------------------------------------------------------------------
+# ---- The grammar ---------------------------------------------------------------------------------
+
 VERSION = 1  # of the drawings: goes up when the same seed would draw something else
 COLOURS = {  # ours: 8 words for which CLIP has one token each, far apart also after the jitter
     "red": (222, 30, 38), "orange": (255, 136, 0), "yellow": (255, 222, 20),
@@ -77,9 +76,8 @@ def held_out(scene):
     return found + (["pair"] if tuple(things) in HELD_OUT_PAIRS else [])
 
 
-# ---------------------------------------------------------------------------------------------
-# Scenes
-# ---------------------------------------------------------------------------------------------
+# ---- Scenes --------------------------------------------------------------------------------------
+
 def scene_rng(seed, split, index):
     """The random stream of one picture, the same wherever and whenever it is drawn."""
     if split not in ("train", "heldout"):
@@ -184,9 +182,8 @@ def _object(size, place, x, y, radius):
             "x": round(float(x), 4), "y": round(float(y), 4), "radius": round(float(radius), 4)}
 
 
-# ---------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------
+# ---- Drawing -------------------------------------------------------------------------------------
+
 def _outlines():
     """Each shape as corners inside the unit circle, y downwards; None is the circle itself."""
     def on_circle(degrees, radius=1.0):
@@ -237,9 +234,8 @@ def render(scene, size=128):
     return picture.reduce(SMOOTH)
 
 
-# ---------------------------------------------------------------------------------------------
-# Captions
-# ---------------------------------------------------------------------------------------------
+# ---- Captions ------------------------------------------------------------------------------------
+
 SAID = {  # A stands in this relation to B; all true of the same picture, in the same order
     "left of": ("left of", "to the left of"), "right of": ("right of", "to the right of"),
     "above": ("above",), "below": ("below", "under"),
