@@ -1,0 +1,50 @@
+"""Where should Stage B start: random codebook tokens (§3.3) or Gaussian noise (released code)?
+
+    python experiments/start.py --data shards/heldout [--weights runs/pocket] [--n 64]
+
+Sends drawings through Stage A alone and through compressor, Stage B and Stage A, from both starts
+and at guidance 1 and 4, and prints the PSNR of each way in dB.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402
+import sample  # noqa: E402
+import semantic_compressor  # noqa: E402
+from plumbing import run  # noqa: E402
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="captioned images (data.py)")
+    parser.add_argument("--weights", default="runs/pocket", type=Path)
+    parser.add_argument("--n", type=int, default=64, help="how many pictures")
+    settings = parser.parse_args()
+    run.setup(0)
+    chain = sample.load_chain(settings.weights / "stage_a/checkpoint.pt",
+                              settings.weights / "stage_b/checkpoint.pt")
+    size = chain.b.config.image_size
+    dataset = data.CaptionedImages(settings.data, resize=size, crop=size, center=True)
+    batch = next(data.stream(dataset, settings.n))
+    images, captions = batch["images"], batch["captions"]
+    sem = chain.compressor.standardise(chain.compressor(semantic_compressor.resize(images)))
+    print(f"Stage A alone: {run.psnr(chain.a.decode(chain.a.encode(images)), images):.1f} dB")
+    for start in tqdm(("tokens", "gaussian"), desc="starts"):
+        for guidance in (1.0, 4.0):
+            drawn = sample.draw_images(chain, sem, captions, range(len(images)), start=start,
+                                       guidance=guidance)
+            tqdm.write(f"compressor + B + A, start {start:8}, guidance {guidance:.0f}: "
+                       f"{run.psnr(drawn, images):.1f} dB")
+
+
+if __name__ == "__main__":
+    run.start(main)
