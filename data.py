@@ -60,7 +60,7 @@ from pocket import shapes
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FOLDER_SUFFIXES = IMAGE_SUFFIXES + ("bmp", "gif", "tif", "tiff")  # packed as png
 MAX_PIXELS = 89_000_000  # ours: just below the size at which Pillow itself begins to warn
-INDEX_VERSION = 1        # ours: written into each cached index; another number is scanned again
+INDEX_VERSION = 2        # ours: written into each cached index; another number is scanned again
 OPEN_FILES = 32          # ours: file handles kept open per process, for sources of many shards
 
 
@@ -146,7 +146,7 @@ def _report_gap(handle, start, end, path, problems):
         problems.append(("damaged header", f"{path}: bytes {start:,} to {end:,} are unreadable"))
 
 
-def group_members(path, members):
+def group_members(path, members, suffixes=IMAGE_SUFFIXES):
     """Members of one tar -> (samples, problems); sample = [key, (offset, size) x 3, flattened].
 
     The three are image, txt and json; (-1, 0) stands for none. Grouping is by name over the
@@ -159,7 +159,7 @@ def group_members(path, members):
         if not stem or (base.startswith("__") and base.endswith("__")):
             continue  # "._a.jpg" that macOS adds, ".DS_Store", webdataset's own "__x__"
         suffix = extension.lower().rpartition(".")[2]
-        kind = 0 if suffix in IMAGE_SUFFIXES else {"txt": 1, "json": 2}.get(suffix)
+        kind = 0 if suffix in suffixes else {"txt": 1, "json": 2}.get(suffix)
         if kind is None or not dot:
             problems.append(("other member", f"{path}: {name}"))
             continue
@@ -174,10 +174,10 @@ def group_members(path, members):
     return rows, problems
 
 
-def index_tar(path):
+def index_tar(path, suffixes=IMAGE_SUFFIXES):
     """-> (samples, problems) of one tar, from the cached index where that is up to date."""
     state = os.stat(path)
-    stamp = [INDEX_VERSION, state.st_size, state.st_mtime_ns]
+    stamp = [INDEX_VERSION, state.st_size, state.st_mtime_ns, *suffixes]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     full = os.path.abspath(path)
     places = (
@@ -194,7 +194,7 @@ def index_tar(path):
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not there, or not ours: it is made anew
     members, problems = scan_tar(path)
-    samples, more = group_members(path, members)
+    samples, more = group_members(path, members, suffixes)
     problems += more
     for place in places:
         try:
@@ -309,6 +309,35 @@ def fit(image, resize=None, crop=None, rng=None):
     return image
 
 
+# ---- Filters: by what the .json of a sample says -------------------------------------------------
+
+NO_FILTERS = {"min_size": 0, "min_aesthetic": 0.0, "max_pwatermark": 1.0, "max_punsafe": 1.0}
+FIELDS = {  # names in LAION's tables, as img2dataset copies them; the first that is there counts
+    "aesthetic": ("aesthetic", "AESTHETIC_SCORE"), "pwatermark": ("pwatermark",),
+    "punsafe": ("punsafe",)}
+
+
+def filters(config):
+    """The filters that a stage's Config sets: {name: bound}, without those that let all pass."""
+    return {name: getattr(config, name) for name, off in NO_FILTERS.items()
+            if getattr(config, name) != off}
+
+
+def rejected(meta, filters):
+    """Why a sample with this .json does not pass the filters, or None. Bounds themselves pass."""
+    for name, bound in filters.items():
+        kind, _, field = name.partition("_")
+        if field == "size":  # the shorter side of the original; width and height are resized ones
+            values = [meta.get("original_width"), meta.get("original_height")]
+        else:
+            values = [value for value in map(meta.get, FIELDS[field]) if value is not None][:1]
+        if not values or not all(isinstance(value, (int, float)) for value in values):
+            return f"no {field}"
+        if min(values) < bound if kind == "min" else max(values) > bound:
+            return f"{field} {'below' if kind == 'min' else 'above'} {bound}"
+    return None
+
+
 # ---- The dataset ---------------------------------------------------------------------------------
 
 class CaptionedImages(Dataset):
@@ -316,21 +345,26 @@ class CaptionedImages(Dataset):
 
     resize: the shorter side is brought to it (None: kept). crop: int or (H, W), at a place that
     follows from (seed, epoch, index), or in the middle with center=True; an image too small for
-    its crop is enlarged. dataset[index] or dataset[epoch, index] is a dict of
+    its crop is enlarged. Of a list of crops each batch has one, drawn for all its samples.
+    filters: see filters(). dataset[index] or dataset[epoch, index] is a dict of
         image    uint8 (3, H, W)          caption  str          meta  dict, from the .json
         key      str                      index    int
     or, when this sample cannot be read, of index, key and failed="reason: detail".
     """
 
-    def __init__(self, source, resize=None, crop=None, seed=0, center=False,
+    suffixes = IMAGE_SUFFIXES
+
+    def __init__(self, source, resize=None, crop=None, seed=0, center=False, filters=None,
                  report=True):
         self.source, self.resize, self.crop = os.fspath(source), resize, crop
         self.seed, self.center = seed, center
         self.problems = []  # [(reason, where)] of all that was left out
         self.shards = []    # tars that could be read; none for a folder of images
         self.files, rows = self._read_index()
-        self._keep_usable(rows)
         self._handles = (None, {})
+        self._keep_usable(rows)
+        if filters:
+            self._filter(filters)
         if report and self.problems:  # nothing is lost in silence
             tqdm.write(self.describe(), file=sys.stderr)
 
@@ -353,7 +387,7 @@ class CaptionedImages(Dataset):
             if not os.path.isfile(path):
                 self.problems.append(("missing shard", path))
                 continue
-            samples, problems = index_tar(path)
+            samples, problems = index_tar(path, self.suffixes)
             self.problems += problems
             if samples:
                 number = len(files)
@@ -385,6 +419,20 @@ class CaptionedImages(Dataset):
         # Arrays, not lists: workers share them with the main process without copying.
         self.keys = np.array([key.encode() for key, *_ in good])                     # (N,)
         self.parts = np.array([parts for _, *parts in good], dtype=np.int64)         # (N, 3, 3)
+
+    def _filter(self, filters):
+        passed = []
+        for index in tqdm(range(len(self)), desc="filters", unit="json", delay=1, leave=False):
+            try:
+                reason = rejected(self.meta(index), filters)
+            except BadSample as error:
+                reason = str(error).partition(":")[0]
+            passed.append(reason is None)
+            if reason is not None:
+                self.problems.append((reason, self.key(index)))
+        self.keys, self.parts = self.keys[passed], self.parts[passed]
+        if not any(passed):
+            self._stop("no sample passes the filters")
 
     def _stop(self, what):
         found = ", ".join(f"{n} x {reason}" for reason, n in self.counts().items())
@@ -459,24 +507,40 @@ class CaptionedImages(Dataset):
         return found if isinstance(found, dict) else {}
 
     def __getitem__(self, where):
+        return self._sample(where, self._crop(where))
+
+    def _crop(self, where):
+        """The crop of a batch whose first sample is at `where`."""
+        if not isinstance(self.crop, list):
+            return self.crop
+        epoch, index = where if isinstance(where, tuple) else (0, where)
+        rng = np.random.default_rng((self.seed, epoch, index, 1))  # 1: not the place of the crop
+        return self.crop[rng.integers(len(self.crop))]
+
+    def _sample(self, where, crop):
         epoch, index = where if isinstance(where, tuple) else (0, where)
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         index = int(index) % len(self)
         try:
-            image = decode(self.read(index, 0), self.resize)
-            rng = None if self.center else np.random.default_rng((self.seed, epoch, index))
-            pixels = np.asarray(fit(image, self.resize, self.crop, rng))             # (H, W, 3)
-            # Turned in numpy: torch would wake its threads for each image, slow on a busy CPU.
-            pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))                 # (3, H, W)
-            return {"image": torch.from_numpy(pixels), "caption": self.caption(index),
-                    "key": self.key(index), "index": index, "meta": self.meta(index)}
+            return {"image": torch.from_numpy(self.load(epoch, index, crop)),
+                    "caption": self.caption(index), "key": self.key(index), "index": index,
+                    "meta": self.meta(index)}
         except BadSample as error:
             return {"index": index, "key": self.key(index), "failed": str(error)}
 
+    def load(self, epoch, index, crop):
+        """The image as a uint8 array (3, H, W)."""
+        image = decode(self.read(index, 0), self.resize)
+        rng = None if self.center else np.random.default_rng((self.seed, epoch, index))
+        pixels = np.asarray(fit(image, self.resize, crop, rng))                      # (H, W, 3)
+        # Turned in numpy: torch would wake its threads for each image, slow on a busy CPU.
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))                       # (3, H, W)
+
     def __getitems__(self, wheres):
         """A whole batch at once (DataLoader calls this): failed samples leave it smaller."""
-        samples = [self[where] for where in wheres]
+        crop = self._crop(wheres[0])
+        samples = [self._sample(where, crop) for where in wheres]
         good = [sample for sample in samples if "failed" not in sample]
         sizes = {tuple(sample["image"].shape[1:]) for sample in good}
         if len(sizes) > 1:
@@ -490,6 +554,21 @@ class CaptionedImages(Dataset):
             "failed": [(sample["key"], sample["failed"])
                        for sample in samples if "failed" in sample],
         }
+
+
+class CaptionedLatents(CaptionedImages):
+    """Shards that `python semantic_compressor.py` wrote: KEY.npy, a latent, in place of an image.
+
+    dataset[index]["image"] is float16 (16, h, w), standardised; resize and crop have no effect.
+    """
+
+    suffixes = ("npy",)
+
+    def load(self, epoch, index, crop):
+        try:
+            return np.load(io.BytesIO(self.read(index, 0)), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise BadSample(f"cannot be decoded: {error}") from None
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -574,8 +653,9 @@ def _as_it_is(batch):
 
 def _finish(batch):
     """Workers send bytes (a quarter of the traffic); the model gets floats in [0, 1]."""
-    if batch.get("images") is not None:
-        batch["images"] = batch["images"].float() / 255                              # (B, 3, H, W)
+    images = batch.get("images")
+    if images is not None:                                                           # (B, C, H, W)
+        batch["images"] = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return batch
 
 
@@ -650,23 +730,30 @@ def remember(dataset, encode, batch_size=64, workers=0, label="encode"):
     centred where the dataset has center=True. Floats are kept as float16, half the memory;
     -> a Memory, which stream() takes in place of dataset.
     """
-    everything = [list(range(i, min(i + batch_size, len(dataset))))
-                  for i in range(0, len(dataset), batch_size)]
     memory, failures = Memory(dataset), Failures(dataset)
     with tqdm(total=len(dataset), desc=label, unit="img") as bar:
-        for indices, batch in zip(everything, _loader(dataset, everything, workers)):
+        for indices, batch in once(dataset, range(len(dataset)), batch_size, workers):
             failures.note(batch)
             reasons = iter(batch["failed"])
             memory.failed.update((i, next(reasons)[1])
                                  for i in indices if i not in set(batch["indices"]))
             if batch["keys"]:
                 with torch.no_grad():
-                    memory.put(batch, encode(_finish(batch)))
+                    memory.put(batch, encode(batch))
             bar.update(len(indices))
     return memory
 
 
+def once(dataset, indices, batch_size, workers=0):
+    """(indices, batch) for all of `indices`, in order, once; batches as from stream()."""
+    parts = [list(indices[i:i + batch_size]) for i in range(0, len(indices), batch_size)]
+    for part, batch in zip(parts, _loader(dataset, parts, workers)):
+        yield part, _finish(batch)
+
+
 # ---- Text encoder: captions -> un-pooled tokens after the final layer norm -----------------------
+
+END_OF_TEXT = 49407  # CLIP's vocabulary; laion's tokenizers for H-14 and bigG-14 also pad with it
 
 TEXT_ENCODERS = {
     # ours: small enough for a CPU; 24 positions hold every caption of pocket/shapes.py
@@ -680,11 +767,16 @@ TEXT_ENCODERS = {
 
 
 class TextEncoder(nn.Module):
-    """Frozen: encoder(["a red star", ""]) -> float32 (B, L, D). Padded with token 0 to L."""
+    """Frozen: encoder(["a red star", ""]) -> float32 (B, L, D), after the final layer norm.
 
-    def __init__(self, name, tower, tokenizer):
+    Padded as the released models were trained (Hugging Face's CLIP tokenizer and text model): up
+    to L with the token `pad`, and nothing attends to a padded position. What comes out at those
+    positions still goes on to Stages B and C, which attend to all L.
+    """
+
+    def __init__(self, name, tower, tokenizer, pad):
         super().__init__()
-        self.name, self.tower, self.tokenizer = name, tower, tokenizer
+        self.name, self.tower, self.tokenizer, self.pad = name, tower, tokenizer, pad
         self.width, self.length = tower.width, tower.context_length
         self.eval().requires_grad_(False)
 
@@ -693,25 +785,48 @@ class TextEncoder(nn.Module):
 
     @functools.cached_property
     def checksum(self):
-        """sha256 of all parameters: a checkpoint keeps it, so that sampling uses the same text."""
-        digest = hashlib.sha256()
+        """sha256 of weights and padding: a checkpoint keeps it, so that sampling uses the same."""
+        digest = hashlib.sha256(f"padded with {self.pad}, masked".encode())
         for name, parameter in sorted(self.tower.state_dict().items()):
             digest.update(name.encode())
             digest.update(parameter.float().cpu().numpy().astype("<f4").tobytes())
         return digest.hexdigest()
 
+    def tokens(self, captions):
+        """[str] -> ids (B, L) int64; real (B, L) bool, False where there is padding."""
+        ids = self.tokenizer(list(captions), context_length=self.length)
+        ends = ids == END_OF_TEXT
+        real = ends.cumsum(1) - ends.long() == 0  # up to and with the first end of text
+        return torch.where(real, ids, self.pad), real
+
     @torch.no_grad()
     def forward(self, captions):
-        ids = self.tokenizer(list(captions), context_length=self.length)             # (B, L)
-        return self.tower(ids.to(self.tower.positional_embedding.device))[1].float()  # (B, L, D)
+        tower = self.tower
+        ids, real = (x.to(tower.positional_embedding.device) for x in self.tokens(captions))
+        mask = tower.attn_mask.masked_fill(~real[:, None], float("-inf"))            # (B, L, L)
+        x = tower.token_embedding(ids) + tower.positional_embedding                  # (B, L, D)
+        x = tower.transformer(x, attn_mask=mask.repeat_interleave(tower.heads, 0))
+        return tower.ln_final(x).float()
 
 
 def text_encoder(name="pocket", weights=None, device="cpu"):
-    """The text encoder of that name; for CLIP, weights = a local file, or None for the hub."""
+    """The text encoder of that name: pocket (built in), clip-h or clip-bigg.
+
+    weights: for CLIP, None for the hub, or a local path: an open_clip checkpoint, a folder
+    text_encoder/ as transformers writes it (its size is read from config.json, its padding from the
+    folder tokenizer/ beside it), or a folder that holds either under the encoder's name.
+    Raises DataError.
+    """
     if name not in TEXT_ENCODERS:
         raise DataError(f"text encoder {name!r} is not known; expected one of "
                         f"{', '.join(TEXT_ENCODERS)}.")
-    size = TEXT_ENCODERS[name]
+    size, pad = TEXT_ENCODERS[name], END_OF_TEXT
+    if name != "pocket" and weights and os.path.isdir(weights):
+        named = sorted(glob.glob(os.path.join(glob.escape(weights), f"{name}*")))
+        weights = named[0] if named else weights
+    folder = name != "pocket" and weights and os.path.isdir(weights)
+    if folder:
+        size, pad = _transformers_config(weights)
     # Imported here: it takes seconds, and most commands never need it.
     from open_clip.tokenizer import SimpleTokenizer
     from open_clip.transformer import TextTransformer
@@ -719,9 +834,9 @@ def text_encoder(name="pocket", weights=None, device="cpu"):
     with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
         tower = TextTransformer(context_length=size["length"], width=size["width"],
                                 heads=size["heads"], layers=size["layers"], output_dim=None,
-                                output_tokens=True)
-    pocket = name == "pocket"
-    state = _pocket_weights(tower) if pocket else _clip_weights(name, weights, size)
+                                mlp_ratio=size.get("mlp_ratio", 4.0))
+    state = (_pocket_weights(tower) if name == "pocket" else
+             _transformers_weights(weights) if folder else _clip_weights(name, weights, size))
     try:
         tower.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -729,7 +844,7 @@ def text_encoder(name="pocket", weights=None, device="cpu"):
         raise DataError(f"{weights}: is not the text tower of {name}, {size['width']} wide with "
                         f"{size['layers']} layers: {detail}.") from None
     tower.attn_mask = tower.build_causal_mask()  # not part of the state, so still on "meta"
-    return TextEncoder(name, tower.float(), SimpleTokenizer()).to(device)
+    return TextEncoder(name, tower.float(), SimpleTokenizer(), pad).to(device)
 
 
 def _pocket_weights(tower):
@@ -780,6 +895,70 @@ def _clip_weights(name, weights, size):
             f"({download}), or use --preset pocket, which needs no CLIP.") from None
 
 
+def _transformers_config(folder):
+    """config.json of a CLIPTextModel -> (sizes as in TEXT_ENCODERS, id of the padding token)."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+        size = {"width": config["hidden_size"], "heads": config["num_attention_heads"],
+                "layers": config["num_hidden_layers"], "length": config["max_position_embeddings"],
+                "mlp_ratio": config["intermediate_size"] / config["hidden_size"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: expected the configuration of a CLIPTextModel, as transformers "
+                        f"writes it ({error!r}).") from None
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise DataError(f"{path}: hidden_act is {config['hidden_act']!r}, expected gelu, as in "
+                        "the CLIP towers of laion.")
+    token, ids = "<|endoftext|>", {"<|endoftext|>": END_OF_TEXT, "!": 0}
+    beside = os.path.join(os.path.dirname(os.path.normpath(folder)), "tokenizer")
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = os.path.join(beside, name)
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                found = json.load(file).get("pad_token") or token
+            token = found["content"] if isinstance(found, dict) else found
+            break
+    if token not in ids:
+        raise DataError(f"{path}: pads with {token!r}, expected one of {', '.join(ids)}.")
+    return size, ids[token]
+
+
+def _transformers_weights(folder):
+    """The weights of a CLIPTextModel, by the names that open_clip gives them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = os.path.join(folder, "model.safetensors")
+    try:
+        if os.path.isfile(path):
+            found = load_file(path)
+        else:
+            path = os.path.join(folder, "pytorch_model.bin")
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError,
+            pickle.UnpicklingError) as error:
+        raise DataError(f"{folder}: expected a model.safetensors (or pytorch_model.bin) that can "
+                        f"be read: {str(error).splitlines()[0][:160]}.") from None
+    state = {}
+    for name, value in found.items():
+        name = name.removeprefix("text_model.")
+        for theirs, ours in (
+                ("embeddings.token_embedding.", "token_embedding."),
+                ("embeddings.position_embedding.weight", "positional_embedding"),
+                ("encoder.layers.", "transformer.resblocks."), ("layer_norm1.", "ln_1."),
+                ("layer_norm2.", "ln_2."), ("self_attn.out_proj.", "attn.out_proj."),
+                ("mlp.fc1.", "mlp.c_fc."), ("mlp.fc2.", "mlp.c_proj."),
+                ("final_layer_norm.", "ln_final.")):
+            name = name.replace(theirs, ours)
+        state[name] = value
+    for name in [name for name in state if ".self_attn.q_proj." in name]:  # q, k, v: one matrix
+        parts = [state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        state[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
+    return {name: value for name, value in state.items()
+            if name != "embeddings.position_ids"}  # a buffer of older transformers
+
+
 def _short(key):
     """Names of a model in DistributedDataParallel, or with a separate text tower, as in CLIP."""
     return key.removeprefix("module.").removeprefix("text.")
@@ -795,16 +974,24 @@ def _from_hub(model, tag):
         found = huggingface_hub.try_to_load_from_cache(config["hf_hub"].strip("/"), file)
         if isinstance(found, str):
             return found
+    check_hub()
+    return download_pretrained(config)
+
+
+def check_hub():
+    """FileNotFoundError with a sentence if Hugging Face's hub is out of reach."""
+    import huggingface_hub
+
+    hub = huggingface_hub.constants.ENDPOINT
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise FileNotFoundError("they are not in the cache and HF_HUB_OFFLINE is set")
     try:  # the hub's own client retries for a minute before it says that there is no network
-        hub = huggingface_hub.constants.ENDPOINT
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            urllib.request.urlopen(hub, timeout=10).close()
+        urllib.request.urlopen(hub, timeout=10).close()
     except urllib.error.HTTPError:
         pass  # it answered, so it is there
     except OSError as error:
         raise FileNotFoundError(f"they are not in the cache and {hub} cannot be reached: "
                                 f"{getattr(error, 'reason', error)}") from None
-    return download_pretrained(config)
 
 
 # ---- Commands: shapes, pack, look ----------------------------------------------------------------
@@ -953,6 +1140,17 @@ def look(source, out="look.png", pictures=24, check=1000):
           + ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(5))
           + (f" and {len(sizes) - 5:,} others" if len(sizes) > 5 else ""))
     print(f"  captions: {min(words)} to {max(words)} words, on average {np.mean(words):.1f}")
+    known, twice = set(), 0
+    for index in tqdm(range(len(dataset)), desc="json", unit="img", delay=1, leave=False):
+        try:
+            meta = dataset.meta(index)
+        except BadSample:
+            continue
+        name = meta.get("sha256") or meta.get("hash")
+        twice += name in known
+        known |= {name} - {None}
+    if known:
+        print(f"  by sha256 or hash: {len(known):,} different images, {twice:,} are there again")
     chosen = [good[i] for i in np.linspace(0, len(good) - 1, min(pictures, len(good))).astype(int)]
     for index in chosen[:5]:
         print(f"    {dataset.key(index)}: {dataset.caption(index)}")

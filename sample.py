@@ -7,10 +7,12 @@
     python sample.py --prompts prompts.txt --n 2 --seed 7 --size 256x128
     python sample.py "a red star" --stages              the way from C's latent to the picture
     python sample.py --reconstruct photo.png            what Stage A alone loses, and what B loses
+    python sample.py "a photo of a fox" --weights released --size 1024x1024      Würstchen v2
 
 The weights are a folder with stage_a/, stage_b/ and stage_c/, each with a checkpoint.pt, as the
-training commands leave it (`--weights runs/pocket`). Prompt, seed and settings are written into
-the PNG's metadata. Picture i of a seed is the same whatever is drawn beside it.
+training commands leave it (`--weights runs/pocket`); or published ones (see `find`). Prompt,
+seed and settings are written into the PNG's metadata. Picture i of a seed is the same whatever is
+drawn beside it.
 """
 
 import argparse
@@ -33,6 +35,60 @@ import stage_c
 from plumbing import run
 
 
+# ---- weights -------------------------------------------------------------------------------------
+
+LAYOUTS = (      # of a folder of weights; the compressor and the text encoders may be missing
+    dict(a="stage_a/checkpoint.pt", b="stage_b/checkpoint.pt", c="stage_c/checkpoint.pt",
+         compressor="stage_b/checkpoint.pt"),                             # what training leaves
+    dict(a="wuerstchen/vqgan", b="wuerstchen/decoder", c="wuerstchen-prior/prior",
+         compressor="EfficientNetEncoder", text_b="wuerstchen/text_encoder",
+         text_c="wuerstchen-prior/text_encoder"),                         # diffusers (warp-ai)
+    dict(a="vqgan_f4_v1_500k.pt", b="model_v2_stage_b.pt", compressor="model_v2_stage_b.pt",
+         c="model_v2_stage_c_finetune_interpolation.pt"),                 # official (dome272)
+    dict(a="vqgan_f4_v1_500k.pt", b="model_v2_stage_b.pt", compressor="model_v2_stage_b.pt",
+         c="model_v2_stage_c.pt"))
+
+
+def find(folder, needed="abc"):
+    """A folder of weights -> where its parts are: {"a": path, "b": …, "c": …, …}."""
+    for layout in LAYOUTS:
+        paths = {part: Path(folder) / name for part, name in layout.items()}
+        if all(paths[part].exists() for part in needed):
+            return {part: path for part, path in paths.items()
+                    if path.exists() and (part != "c" or "c" in needed)}
+    raise run.CheckpointError(
+        f"--weights {folder}: expected stage_a/, stage_b/ and "
+        "stage_c/, each with the checkpoint.pt that training leaves; or wuerstchen/ with vqgan/ "
+        "and decoder/ and wuerstchen-prior/ with prior/, as diffusers writes them; or the official "
+        "files vqgan_f4_v1_500k.pt, model_v2_stage_b.pt and model_v2_stage_c.pt")
+
+
+def download():
+    """The published weights (Würstchen v2) from the hub: {"a": path, …}. About 12.5 GB, once."""
+    import huggingface_hub
+    patterns = ["*/*.json", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
+    roots = {}
+    for name in ("wuerstchen", "wuerstchen-prior"):
+        try:
+            data.check_hub()
+            roots[name] = huggingface_hub.snapshot_download(
+                f"warp-ai/{name}", allow_patterns=patterns)
+        except (OSError, ValueError) as offline:                          # HfHubHTTPError is one
+            try:
+                roots[name] = huggingface_hub.snapshot_download(
+                    f"warp-ai/{name}", allow_patterns=patterns, local_files_only=True)
+            except (OSError, ValueError):
+                raise run.CheckpointError(
+                    f"--weights released: not all of warp-ai/{name} is in the hub's cache, and it "
+                    f"cannot be downloaded ({str(offline).splitlines()[0]}); go online once, or "
+                    "put decoder/, vqgan/, text_encoder/ and tokenizer/ of warp-ai/wuerstchen into "
+                    "DIR/wuerstchen, prior/, text_encoder/ and tokenizer/ of "
+                    "warp-ai/wuerstchen-prior into DIR/wuerstchen-prior and give --weights DIR"
+                ) from None
+    parts = {part: name.split("/") for part, name in LAYOUTS[1].items() if "/" in name}
+    return {part: Path(roots[repository]) / folder for part, (repository, folder) in parts.items()}
+
+
 # ---- the chain -----------------------------------------------------------------------------------
 
 @dataclass
@@ -41,44 +97,56 @@ class Chain:
     a: stage_a.StageA
     b: stage_b.StageB
     c: stage_c.StageC
-    compressor: semantic_compressor.SemanticCompressor
+    compressor: semantic_compressor.SemanticCompressor    # None: not among the weights
+    scale: tuple                                          # (mean, std) of its raw latents
     text_b: data.TextEncoder
     text_c: data.TextEncoder
 
 
-def load_chain(stage_a_path, stage_b_path, stage_c_path=None, clip=None, device="cpu"):
-    """Load the stages and the text encoders that they were trained with.
+def load_chain(a, b, c=None, compressor=None, text_b=None, text_c=None, clip=None, device="cpu"):
+    """Load the stages and the text encoders that they were trained with, from the paths of `find`.
 
-    Raises run.CheckpointError with a sentence: a missing file, a checkpoint of another stage, or
-    stages that were not trained on each other.
+    compressor: None where it is in Stage B's checkpoint. clip: weights for CLIP text encoders
+    (data.text_encoder), before text_b and text_c. Raises run.CheckpointError with a sentence: a
+    missing file, a checkpoint of another stage, or stages that were not trained on each other.
     """
-    state_b = run.load_checkpoint(stage_b_path, "B")
-    vqgan = stage_a.load(stage_a_path, device)
-    compressor = semantic_compressor.load(stage_b_path, device)
-    text_b = text_encoder(state_b, stage_b_path, clip, device)
-    if run.checksum(vqgan.state_dict()) != state_b["stage_a"]:
-        raise run.CheckpointError(f"{stage_b_path}: trained on the latents of another Stage A than "
-                                  f"{stage_a_path}; give the one it was trained with")
-    c, text_c = None, text_b
-    if stage_c_path is not None:
-        state_c = run.load_checkpoint(stage_c_path, "C")
-        if run.checksum(compressor.state_dict()) != state_c["compressor"]:
-            raise run.CheckpointError(
-                f"{stage_c_path}: trained on the latents of another compressor than the one in "
-                f"{stage_b_path}; Stage C has to be trained again when Stage B was")
-        c = stage_c.load(stage_c_path, device)
-        if state_c["text_encoder"] != state_b["text_encoder"]:
-            text_c = text_encoder(state_c, stage_c_path, clip, device)
-    return Chain(vqgan, stage_b.load(stage_b_path, device), c, compressor, text_b, text_c)
+    vqgan, decoder = stage_a.load(a, device), stage_b.load(b, device)
+    state_b, state_c = (run.load_checkpoint(path, stage) if path and Path(path).is_file() else {}
+                        for path, stage in ((b, "B"), (c, "C")))
+    released = semantic_compressor.PRESETS["released"]
+    scale, net = (released.latent_mean, released.latent_std), None
+    if compressor or "compressor_ema" in state_b:
+        net = semantic_compressor.load(compressor or b, device)
+        scale = net.config.latent_mean, net.config.latent_std
+    if "stage_a" in state_b and run.checksum(vqgan.state_dict()) != state_b["stage_a"]:
+        raise run.CheckpointError(f"{b}: trained on the latents of another Stage A than {a}; give "
+                                  "the one it was trained with")
+    if "compressor" in state_c and run.checksum(net.state_dict()) != state_c["compressor"]:
+        raise run.CheckpointError(f"{c}: trained on the latents of another compressor than the one "
+                                  f"in {b}; Stage C has to be trained again when Stage B was")
+    encoder_b = text_encoder(state_b, "clip-h", decoder, b, clip or text_b, device)
+    prior, encoder_c = None, encoder_b
+    if c is not None:
+        prior = stage_c.load(c, device)
+        if not state_c or state_c.get("text_encoder") != state_b.get("text_encoder"):
+            encoder_c = text_encoder(state_c, "clip-bigg", prior, c, clip or text_c, device)
+    return Chain(vqgan, decoder, prior, net, scale, encoder_b, encoder_c)
 
 
-def text_encoder(state, path, clip, device):
-    """The text encoder a checkpoint names; CheckpointError if it is not the one of training."""
-    encoder = data.text_encoder(state["text_encoder"]["name"], clip, device)
-    if encoder.checksum != state["text_encoder"]["checksum"]:
+def text_encoder(state, published, model, path, weights, device):
+    """The text encoder a checkpoint names, or the `published` one where it names none.
+
+    CheckpointError if it is not the one that the model was trained with.
+    """
+    known = state.get("text_encoder", {"name": published})
+    encoder = data.text_encoder(known["name"], weights, device)
+    if encoder.checksum != known.get("checksum", encoder.checksum):
         raise run.CheckpointError(
             f"{path}: trained with another text encoder {encoder.name} than the one loaded (sha256 "
-            f"{encoder.checksum[:12]}, expected {state['text_encoder']['checksum'][:12]})")
+            f"{encoder.checksum[:12]}, expected {known['checksum'][:12]})")
+    if encoder.width != model.config.text_width:
+        raise run.CheckpointError(f"{path}: reads text tokens {model.config.text_width} wide, those"
+                                  f" of the text encoder {encoder.name} are {encoder.width} wide")
     return encoder
 
 
@@ -96,18 +164,20 @@ def draw_latents(chain, prompts, seeds, height, width, steps=60, guidance=4.0, n
         generator=generators(seeds), history=history)
 
 
-def draw_images(chain, latents, prompts, seeds, steps=12, guidance=None, start="tokens",
-                negative="", history=None):
+def draw_images(chain, latents, prompts, seeds, steps=12, guidance=None, start=None, negative="",
+                history=None):
     """Stages B and A: standardised compressor latents (B, 16, h, w) -> (B, 3, 128h/3, 128w/3).
 
-    guidance: None is 4 (§4), or 1 for weights of the released kind. start: "tokens" (§3.3) or
-    "gaussian" (released code). Images are about [0, 1], not clamped.
+    guidance: 4 (§4); 1 for a Stage B of the released kind. start: "tokens" (§3.3); "gaussian" for
+    the released kind. None is that default. Images are about [0, 1], not clamped.
     """
     raw = chain.b.config.condition == "raw"
-    sem = chain.compressor.unstandardise(latents) if raw else latents
+    mean, std = chain.scale
+    sem = latents * std + mean if raw else latents
     shape = (len(latents), chain.b.config.latent_channels,
              latents.shape[2] * 32 // 3, latents.shape[3] * 32 // 3)
     guidance = (1.0 if raw else 4.0) if guidance is None else guidance
+    start = ("gaussian" if raw else "tokens") if start is None else start
     noise = generators((seed + 2 ** 31) % 2 ** 32 for seed in seeds)      # not the noise of Stage C
     x = chain.a.random_tokens(shape, noise) if start == "tokens" else None
     drawn = stage_b.ddpm_sample(chain.b, shape, sem, chain.text_b(prompts), torch.zeros_like(sem),
@@ -115,9 +185,9 @@ def draw_images(chain, latents, prompts, seeds, steps=12, guidance=None, start="
     return chain.a.decode(chain.a.unstandardise(drawn))
 
 
-def decode(latents, captions, stage_a_path, stage_b_path, clip=None):
+def decode(latents, captions, a, b, clip=None):
     """Standardised compressor latents -> images: Stage C's previews while it trains."""
-    chain = load_chain(stage_a_path, stage_b_path, clip=clip, device=latents.device)
+    chain = load_chain(a, b, clip=clip, device=latents.device)
     return draw_images(chain, latents, captions, range(len(captions)))
 
 
@@ -165,6 +235,48 @@ def reconstruct(chain, path, prompt, settings):
     return run.grid([pixels[0], by_a[0], by_b[0]], 3, captions), (loss_a, loss_b)
 
 
+def export(chain, folder):
+    """Write A, B, C and the compressor as diffusers does: folder/wuerstchen, …-prior, ….
+
+    The text encoders are not written: they are those of warp-ai/wuerstchen and -prior, unchanged.
+    Raises run.ConfigError where diffusers has no such network.
+    """
+    if chain.b.config.attend_to_sem:
+        raise run.ConfigError("diffusers' Stage B does not attend to the compressor's latents; "
+                              "only one trained with --preset released can be exported")
+    folder = Path(folder)
+    raw = chain.b.config.condition == "raw"
+    mean, std = chain.scale if raw else (0.0, 1.0)
+    try:
+        run.save_diffusers(folder / "wuerstchen/vqgan", *stage_a.to_diffusers(chain.a))
+    except ValueError as error:
+        raise run.ConfigError(str(error)) from None
+    run.save_diffusers(folder / "wuerstchen/decoder", stage_b.to_diffusers(chain.b.config),
+                       chain.b.state_dict())
+    run.save_diffusers(folder / "wuerstchen-prior/prior", stage_c.to_diffusers(chain.c.config),
+                       chain.c.state_dict())
+    if chain.compressor is not None:
+        run.save_diffusers(folder / "EfficientNetEncoder",
+                           *semantic_compressor.to_diffusers(chain.compressor))
+    # diffusers calls the divisor "latent_mean" and the offset "latent_std": raw = x * mean - std
+    text = {"scheduler": ["diffusers", "DDPMWuerstchenScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizerFast"]}
+    pipelines = {
+        "wuerstchen": dict(_class_name="WuerstchenDecoderPipeline", latent_dim_scale=10.67,
+                           decoder=["wuerstchen", "WuerstchenDiffNeXt"],
+                           vqgan=["wuerstchen", "PaellaVQModel"], **text),
+        "wuerstchen-prior": dict(_class_name="WuerstchenPriorPipeline", latent_mean=std,
+                                 latent_std=-mean, resolution_multiple=42.67,
+                                 prior=["wuerstchen", "WuerstchenPrior"], **text)}
+    scheduler = dict(_class_name="DDPMWuerstchenScheduler", s=0.008, scaler=1.0)
+    for name, index in pipelines.items():
+        (folder / name / "scheduler").mkdir(exist_ok=True)
+        for file, content in (("model_index.json", index),
+                              ("scheduler/scheduler_config.json", scheduler)):
+            (folder / name / file).write_text(json.dumps(content, indent=2) + "\n")
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 def read_size(text):
@@ -188,21 +300,26 @@ def main(argv=None):
     parser.add_argument("prompt", nargs="*", help="one or more prompts")
     parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
     parser.add_argument("--out", default="sample.png")
-    parser.add_argument("--weights", default="runs/pocket", help="folder (runs/pocket)")
-    parser.add_argument("--clip", metavar="FILE", help="local weights of the CLIP text encoder")
+    parser.add_argument("--weights", default="runs/pocket",
+                        help="a folder (runs/pocket), or `released`: downloads the published ones")
+    parser.add_argument("--clip", metavar="PATH", help="local weights of the CLIP text encoder, or "
+                        "a folder with those of both as clip-h… and clip-bigg…")
     parser.add_argument("--n", type=int, default=1, help="pictures per prompt (1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (0)")
     parser.add_argument("--size", type=read_size, metavar="WxH", help="default: as in training")
-    parser.add_argument("--steps-c", type=int, default=60, help="Stage C steps (60: §4)")
+    parser.add_argument("--steps-c", type=lambda x: x if x == "released" else int(x), default=60,
+                        metavar="N", help="Stage C steps (60: §4), or `released`: diffusers' 29")
     parser.add_argument("--steps-b", type=int, default=12, help="Stage B steps (12: §4)")
     parser.add_argument("--guidance-c", type=float, default=4.0, help="1 conditional, 0 not (4)")
     parser.add_argument("--guidance-b", type=float, help="likewise (4: §4; released weights: 1)")
-    parser.add_argument("--start", choices=("tokens", "gaussian"), default="tokens",
-                        help="what Stage B starts from: random codebook tokens (§3.3) or noise")
+    parser.add_argument("--start", choices=("tokens", "gaussian"),
+                        help="what Stage B starts from: random codebook tokens (§3.3; default) or "
+                             "noise (default of released weights)")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="to be led away from")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--stages", action="store_true", help="draw the way of one picture instead")
     parser.add_argument("--reconstruct", metavar="IMAGE", help="what each stage loses of an image")
+    parser.add_argument("--export", metavar="DIR", help="write the weights as diffusers reads them")
     settings = parser.parse_args(argv)
 
     prompts = list(settings.prompt)
@@ -212,26 +329,35 @@ def main(argv=None):
         except (OSError, UnicodeDecodeError) as error:
             sys.exit(f"{settings.prompts}: expected UTF-8 text, a prompt on each line ({error})")
         prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts and not settings.reconstruct:
+    if not prompts and not settings.reconstruct and not settings.export:
         sys.exit('no prompt: give one, as `python sample.py "a red star above a blue circle"`')
-    if settings.n < 1 or settings.steps_c < 1 or settings.steps_b < 1 or settings.batch_size < 1:
-        sys.exit("--n, --steps-c, --steps-b and --batch-size are counts: expected 1 or more")
+    if settings.steps_c == "released":
+        settings.steps_c = stage_c.RELEASED_LEVELS
+    elif settings.steps_c < 1:
+        sys.exit("--steps-c is a count: expected 1 or more, or `released`")
+    if settings.n < 1 or settings.steps_b < 1 or settings.batch_size < 1:
+        sys.exit("--n, --steps-b and --batch-size are counts: expected 1 or more")
     if not Path(settings.out).parent.is_dir():
         sys.exit(f"--out {settings.out}: the folder {Path(settings.out).parent} does not exist")
 
     device, _, _ = run.setup(settings.seed)
-    folder = Path(settings.weights)
-    files = [folder / stage / "checkpoint.pt" for stage in ("stage_a", "stage_b", "stage_c")]
     try:
-        chain = load_chain(files[0], files[1], None if settings.reconstruct else files[2],
-                           settings.clip, device)
-    except (run.CheckpointError, data.DataError) as error:
-        sys.exit(f"{error}\n(--weights {folder}: expected a folder with stage_a/, stage_b/ and "
-                 "stage_c/, each with the checkpoint.pt that training leaves)")
+        paths = download() if settings.weights == "released" else find(
+            settings.weights, "ab" if settings.reconstruct else "abc")
+        chain = load_chain(**paths, clip=settings.clip, device=device)
+        if settings.export:
+            export(chain, settings.export)
+            print(f"{settings.export}: wuerstchen/ and wuerstchen-prior/, as diffusers reads them")
+            return
+    except (run.CheckpointError, run.ConfigError, data.DataError) as error:
+        sys.exit(str(error))
+    if settings.reconstruct and chain.compressor is None:
+        sys.exit(f"--reconstruct needs the Semantic Compressor, and {settings.weights} holds none; "
+                 "put warp-ai/EfficientNetEncoder beside wuerstchen/, as EfficientNetEncoder/")
 
     about = dict(seed=settings.seed, steps_c=settings.steps_c, steps_b=settings.steps_b,
                  guidance_c=settings.guidance_c, guidance_b=settings.guidance_b,
-                 start=settings.start, negative=settings.negative, weights=str(folder))
+                 start=settings.start, negative=settings.negative, weights=settings.weights)
     if settings.reconstruct:
         sheet, loss = reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)
         print(f"Stage A alone {loss[0]:.1f} dB; compressor, B and A {loss[1]:.1f} dB")

@@ -17,10 +17,18 @@ standard deviation 1 and is what Stage C draws. The released weights need (mean,
 Letters: B batch, H W height and width of the image given to Stage A.
 Attribute names (`backbone`, `mapper`) are those of the published weights (dome272/Wuerstchen).
 There is no training loop here: `python stage_b.py` trains this network together with Stage B.
+While Stage C trains it is frozen, so its latents can be computed once and kept:
+
+    python semantic_compressor.py --data shards/ --weights runs/paper/stage_b-2/checkpoint.pt \
+        --image-size 1024 --out latents/
+    python stage_c.py --data latents/ --preset paper-2 …
 """
 
+import argparse
+import json
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -149,10 +157,128 @@ def latent_scale(model, images):
 
 
 def load(path, device="cpu"):
-    """Rebuild the trained compressor from the Stage B checkpoint that holds it, in eval mode."""
+    """Rebuild the trained compressor, in eval mode, from the Stage B checkpoint that holds it, from
+    a folder that diffusers wrote (EfficientNetEncoder) or from an official Stage B .pt file.
+    """
     from plumbing import run
-    state = run.load_checkpoint(path, "B")
-    with torch.device("meta"):                 # no initial weights: no time, no random numbers
-        model = SemanticCompressor(Config(**state["compressor_config"]))
-    model.load_state_dict(state["compressor_ema"], assign=True)
-    return model.to(device).eval().requires_grad_(False)
+    return run.rebuild(path, "compressor", SemanticCompressor, config_of, device, "compressor_ema")
+
+
+def config_of(state):
+    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
+    config, released = state.get("diffusers"), PRESETS["released"]
+    if config:                                 # the scale is there if we wrote it
+        return replace(released, latent_channels=config["c_latent"],
+                       backbone=config["effnet"],
+                       latent_mean=config.get("latent_mean", released.latent_mean),
+                       latent_std=config.get("latent_std", released.latent_std))
+    return Config(**state["compressor_config"]) if "compressor_config" in state else released
+
+
+def to_diffusers(model):
+    """A SemanticCompressor -> (config.json, tensors) of an EfficientNetEncoder, and its scale."""
+    config, tensors = model.config, dict(model.state_dict())
+    if not config.affine:                      # there the last norm has a scale and a shift
+        tensors["mapper.1.weight"] = torch.ones(config.latent_channels)
+        tensors["mapper.1.bias"] = torch.zeros(config.latent_channels)
+    return {"_class_name": "EfficientNetEncoder", "c_latent": config.latent_channels,
+            "c_cond": model.mapper[0].in_channels, "effnet": config.backbone,
+            "latent_mean": config.latent_mean, "latent_std": config.latent_std}, tensors
+
+
+# ---- latents once, not every epoch ---------------------------------------------------------------
+
+def cached(source, compressor):
+    """latents.json of a folder that `cache` wrote, or None if `source` is something else.
+
+    Raises data.DataError if its latents are those of another compressor.
+    """
+    import data
+    from plumbing import run
+    path = os.path.join(source, "latents.json")
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        found = json.load(file)
+    if found["compressor"] != run.checksum(compressor.state_dict()):
+        raise data.DataError(f"{source}: holds latents of another compressor than the one given; "
+                             "write them again, into a new folder, with semantic_compressor.py")
+    return found
+
+
+@torch.no_grad()
+def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_shard=1000):
+    """Shards of images -> shards of latents: KEY.npy, float16 (16, h, w), standardised.
+
+    weights: a checkpoint with the compressor. image_size: side of Stage A's image in pixels; None:
+    as in that checkpoint. Captions and .json are kept. Finished shards are not made again.
+    """
+    import io
+
+    import data
+    import numpy as np
+    from plumbing import run
+    from tqdm import tqdm
+    device, _, _ = run.setup(0)
+    compressor = load(weights, device)
+    if image_size is None:
+        image_size = run.load_checkpoint(weights, "compressor").get("config", {}).get("image_size")
+    if not image_size or image_size % 128:
+        raise data.DataError(f"--image-size {image_size}: expected a multiple of 128")
+    dataset = data.CaptionedImages(source, resize=image_size, crop=image_size, center=True)
+    settings = {"compressor": run.checksum(compressor.state_dict()), "image_size": image_size,
+                "source": os.path.abspath(source), "samples": len(dataset), "per_shard": per_shard}
+    os.makedirs(out, exist_ok=True)
+    note = os.path.join(out, "latents.json")
+    if os.path.isfile(note):
+        with open(note, encoding="utf-8") as file:
+            found = json.load(file)
+        differ = [name for name in settings if settings[name] != found.get(name)]
+        if differ:
+            raise data.DataError(f"{out}: holds latents made with another {' and '.join(differ)}; "
+                                 "give a new folder")
+    elif os.listdir(out):
+        raise data.DataError(f"{out}: holds other files; expected a new folder")
+    with open(f"{note}.tmp", "w", encoding="utf-8") as file:
+        json.dump(settings, file)
+    os.replace(f"{note}.tmp", note)
+    failures = data.Failures(dataset)
+    with tqdm(total=len(dataset), desc="latents", unit="img") as bar:
+        for number, first in enumerate(range(0, len(dataset), per_shard)):
+            path = os.path.join(out, f"{number:05d}.tar")
+            indices = range(first, min(first + per_shard, len(dataset)))
+            samples = []
+            for _, batch in () if os.path.exists(path) else data.once(
+                    dataset, indices, batch_size, workers):
+                failures.note(batch)
+                if batch["keys"]:
+                    latents = compressor(resize(batch["images"].to(device)))      # (B, 16, h, w)
+                    latents = compressor.standardise(latents).half().cpu().numpy()
+                for index, latent in zip(batch["indices"], latents if batch["keys"] else ()):
+                    array, meta = io.BytesIO(), dataset.meta(index)
+                    np.save(array, latent)
+                    samples.append((f"{number:05d}{len(samples):04d}", {
+                        "npy": array.getvalue(), "txt": dataset.caption(index).encode(),
+                        "json": json.dumps({**meta, "source": dataset.key(index)}).encode()}))
+                bar.update(len(batch["keys"]) + len(batch["failed"]))
+            if samples:
+                data.write_tar(path, samples)
+            elif os.path.exists(path):
+                bar.update(len(indices))
+    print(f"{out}: latents of {len(dataset) - sum(failures.counts.values()):,} images at "
+          f"{image_size} px; train on them with: python stage_c.py --data {out} …")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="shards or a folder of captioned images")
+    parser.add_argument("--weights", required=True, help="Stage B checkpoint with the compressor")
+    parser.add_argument("--out", required=True, help="folder for the shards of latents")
+    parser.add_argument("--image-size", type=int, help="side of Stage A's image (as in Stage B)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    from plumbing import run
+    run.start(cache, args.data, args.weights, args.out, args.image_size, args.batch_size,
+              args.workers)

@@ -58,6 +58,10 @@ class Config:
     # data
     resize: int = 256                  # paper, E.1
     crop: int = 128                    # paper, E.1
+    min_size: int = 0                  # filters by the .json of each sample (data.py): these four
+    min_aesthetic: float = 0.0         # values let everything pass; README: what the paper used
+    max_pwatermark: float = 1.0
+    max_punsafe: float = 1.0
     # training
     steps: int = 500_000               # paper, E.1
     batch_size: int = 256              # paper, E.1
@@ -202,13 +206,47 @@ class StageA(nn.Module):
 
 
 def load(path, device="cpu"):
-    """Rebuild a trained StageA from its checkpoint alone, in eval mode."""
+    """Rebuild a trained StageA, in eval mode, from a checkpoint: ours,
+    a folder that diffusers wrote (PaellaVQModel) or an official .pt file.
+    """
     from plumbing import run
-    state = run.load_checkpoint(path, "A")
-    with torch.device("meta"):                 # no initial weights: no time, no random numbers
-        model = StageA(Config(**state["config"]))
-    model.load_state_dict(state["model"], assign=True)
-    return model.to(device).eval().requires_grad_(False)
+    return run.rebuild(path, "A", StageA, config_of, device, "model")
+
+
+def config_of(state):
+    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
+    if "diffusers" in state:
+        return from_diffusers(state["diffusers"])
+    return Config(**state["config"]) if "config" in state else PRESETS["released"]
+
+
+def from_diffusers(config):
+    """config.json of a PaellaVQModel -> Config. What it does not say is as in `released`."""
+    if config.get("levels", 2) != 2 or config.get("up_down_scale_factor", 2) != 2:
+        raise ValueError("expected 2 levels and an up_down_scale_factor of 2")
+    return replace(PRESETS["released"], widths=(config["embed_dim"] // 2, config["embed_dim"]),
+                   decoder_blocks=config["bottleneck_blocks"],
+                   latent_channels=config["latent_channels"],
+                   codebook_size=config["num_vq_embeddings"], latent_std=config["scale_factor"])
+
+
+def to_diffusers(model):
+    """A StageA -> (config.json, tensors) of a PaellaVQModel, which knows a scale but no mean.
+
+    So the mean of the latents moves into the weights on both sides of them: into the bias of the
+    last norm before and of the convolution after them, and out of the codes.
+    """
+    config, tensors = model.config, dict(model.state_dict())
+    if 2 * config.widths[0] != config.widths[1]:
+        raise ValueError(f"diffusers has no Stage A of widths {config.widths}, only (c, 2 c)")
+    first = tensors["up_blocks.0.0.weight"].sum((1, 2, 3))                # (c1,)
+    tensors["up_blocks.0.0.bias"] = tensors["up_blocks.0.0.bias"] + first * config.latent_mean
+    for name in ("down_blocks.3.1.bias", "vquantizer.embedding.weight"):
+        tensors[name] = tensors[name] - config.latent_mean
+    return {"_class_name": "PaellaVQModel", "in_channels": 3, "out_channels": 3, "levels": 2,
+            "up_down_scale_factor": 2, "bottleneck_blocks": config.decoder_blocks,
+            "embed_dim": config.widths[1], "latent_channels": config.latent_channels,
+            "num_vq_embeddings": config.codebook_size, "scale_factor": config.latent_std}, tensors
 
 
 # ---- the two networks that only judge ------------------------------------------------------------
@@ -348,17 +386,20 @@ def train(config, source, out):
     device, rank, world = run.setup(config.seed)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    dataset = data.CaptionedImages(source, resize=config.resize, crop=config.crop, seed=config.seed)
+    dataset = data.CaptionedImages(source, resize=config.resize, crop=config.crop, seed=config.seed,
+                                   filters=data.filters(config))
 
     model = StageA(config).to(device).train()
     discriminator = PatchDiscriminator().to(device).train()
     perceptual = perceptual_network(config.perceptual)
     perceptual = perceptual.to(device) if perceptual else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=config.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device.type == "cuda")
+    optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=config.lr,
+                                    fused=device.type == "cuda")
     used = torch.zeros(config.codebook_size, dtype=torch.bool, device=device)
     start, position = 0, (0, 0)
-    first = data.CaptionedImages(source, resize=config.resize, crop=config.crop, center=True)
+    first = data.CaptionedImages(source, resize=config.resize, crop=config.crop, center=True,
+                                 filters=data.filters(config))
     fixed = next(data.stream(first, 128, seed=config.seed))["images"].to(device)   # preview, scale
 
     given = dict(samples=len(dataset))
@@ -378,7 +419,7 @@ def train(config, source, out):
 
     batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
                           config.workers)
-    log, guard, stop = run.Log(out, config.steps, start, rank), run.NanGuard(), run.StopSignal()
+    log, guard, stop = run.Log(out, config, start, rank, world), run.NanGuard(), run.StopSignal()
     for step in range(start, config.steps):
         optimizer.zero_grad(set_to_none=True)
         optimizer_d.zero_grad(set_to_none=True)

@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -66,6 +67,10 @@ class Config:
     compressor: str = "paper"          # which of semantic_compressor.PRESETS is trained along
     image_size: int = 512              # paper, E.2, first phase
     remember: bool = False             # encode each image and caption once and keep them in memory
+    min_size: int = 0                  # filters by the .json of each sample (data.py): these four
+    min_aesthetic: float = 0.0         # values let everything pass; README: what the paper used
+    max_pwatermark: float = 1.0
+    max_punsafe: float = 1.0
     # training
     steps: int = 457_000               # paper, E.2, first phase
     batch_size: int = 16               # ours: 16 x 32 is the 512 of E.2; what fits: unmeasured
@@ -78,6 +83,7 @@ class Config:
     seed: int = 0
     workers: int = 8
     compile: bool = False
+    checkpoint_activations: bool = False   # less memory, a third more work
     log_every: int = 100
     preview_every: int = 5000
     save_every: int = 1000
@@ -85,6 +91,9 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
+    # The second phase of E.2, from the checkpoint of the first (--init-from). Warm-up: ours, short,
+    # because it begins with a new optimizer.
+    "paper-2": Config(image_size=1024, steps=300_000, batch_size=4, warmup=500),   # 4 x 32 = 128
     "released": Config(attend_to_sem=False, condition="raw", compressor="released"),   # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(32, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
@@ -330,20 +339,23 @@ class StageB(nn.Module):
             """Run one level; the resized sem joins every block, the skip only the first."""
             extra = None
             for layer in layers:
+                condition = ()                                            # of a resampling layer
                 if isinstance(layer, ResBlock):
                     if mapper is not None and extra is None:              # once the size is known
                         extra = mapper(F.interpolate(                     # official code's options
                             sem.float(), x.shape[-2:], mode="bicubic", antialias=True,
                             align_corners=True))                          # (B, cond, H_i, W_i)
                     joined = [part for part in (skip, extra) if part is not None]
-                    x = layer(x, torch.cat(joined, dim=1) if joined else None)
+                    condition = (torch.cat(joined, dim=1) if joined else None,)
                     skip = None
                 elif isinstance(layer, TimestepBlock):
-                    x = layer(x, t_embedding)
+                    condition = (t_embedding,)
                 elif isinstance(layer, AttnBlock):
-                    x = layer(x, text, sem_tokens)
+                    condition = (text, sem_tokens)
+                if self.config.checkpoint_activations and self.training:
+                    x = checkpoint(layer, x, *condition, use_reentrant=False)
                 else:
-                    x = layer(x)                                          # resample
+                    x = layer(x, *condition)
             return x
 
         x = self.embedding(x_t)                                           # (B, c0, H/2, W/2)
@@ -362,13 +374,48 @@ class StageB(nn.Module):
 
 
 def load(path, device="cpu"):
-    """Rebuild a trained StageB (its EMA weights) from its checkpoint alone, in eval mode."""
+    """Rebuild a trained StageB (its EMA weights), in eval mode, from a checkpoint: ours,
+    a folder that diffusers wrote (WuerstchenDiffNeXt) or an official .pt file.
+    """
     from plumbing import run
-    state = run.load_checkpoint(path, "B")
-    with torch.device("meta"):                 # no initial weights: no time, no random numbers
-        model = StageB(Config(**state["config"]))
-    model.load_state_dict(state["ema"], assign=True)
-    return model.to(device).eval().requires_grad_(False)
+    return run.rebuild(path, "B", StageB, config_of, device)
+
+
+def config_of(state):
+    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
+    if "diffusers" in state:
+        return from_diffusers(state["diffusers"])
+    return Config(**state["config"]) if "config" in state else PRESETS["released"]
+
+
+DIFFUSERS = dict(c_in="latent_channels", c_out="latent_channels", c_r="timestep_width",
+                 patch_size="patch_size", c_cond="cond_width", clip_embd="text_width",
+                 effnet_embd="sem_channels", dropout="dropout")
+
+
+def from_diffusers(config):
+    """config.json of a WuerstchenDiffNeXt -> Config. What it does not say is as in `released`.
+
+    ValueError where it describes a network that this file cannot build.
+    """
+    ours = replace(PRESETS["released"], widths=tuple(config["c_hidden"]),
+                   heads=tuple(max(0, n) for n in config["nhead"]), blocks=tuple(config["blocks"]),
+                   **{ours: config[theirs] for theirs, ours in DIFFUSERS.items()})
+    expected = to_diffusers(ours)
+    for name in ("level_config", "inject_effnet", "kernel_size", "c_out"):
+        if config.get(name, expected[name]) != expected[name]:
+            raise ValueError(f"{name} is {config[name]}, expected {expected[name]}")
+    return ours
+
+
+def to_diffusers(config):
+    """Config -> config.json of a WuerstchenDiffNeXt, whose attribute names are ours."""
+    return {"_class_name": "WuerstchenDiffNeXt", "kernel_size": 3,
+            **{theirs: getattr(config, ours) for theirs, ours in DIFFUSERS.items()},
+            "c_hidden": list(config.widths), "nhead": [n or -1 for n in config.heads],
+            "blocks": list(config.blocks),
+            "level_config": ["CTA" if n else "CT" for n in config.heads],
+            "inject_effnet": [n > 0 for n in config.heads]}
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -456,10 +503,11 @@ def ddpm_sample(model, shape, sem, text, null_sem, null_text, steps=12, guidance
 
 # ---- training ------------------------------------------------------------------------------------
 
-def train(config, source, out, stage_a_path, clip=None):
+def train(config, source, out, stage_a_path, clip=None, init_from=None):
     """Train Stage B and the compressor on captioned images. Goes on by itself if `out` holds a run.
 
-    stage_a_path: checkpoint of Stage A. clip: local file of the text encoder's weights, or None.
+    stage_a_path: checkpoint of Stage A. clip: local weights of the text encoder, or None for the
+    hub. init_from: a checkpoint whose Stage B and compressor a new run begins with.
     """
     import data
     import semantic_compressor
@@ -470,7 +518,7 @@ def train(config, source, out, stage_a_path, clip=None):
     out = Path(out)
     run.required(stage_a_path, "a Stage A checkpoint",
                  "train it with `python stage_a.py --data …`, or name it with --stage-a. also "
-                 f"needed: {config.text_encoder} text (built in, from the hub, or --clip FILE)")
+                 f"needed: {config.text_encoder} text (built in, from the hub, or --clip PATH)")
     if config.compressor not in semantic_compressor.PRESETS:
         raise run.ConfigError(f"--compressor {config.compressor}: expected one of "
                               f"{', '.join(semantic_compressor.PRESETS)}")
@@ -480,9 +528,11 @@ def train(config, source, out, stage_a_path, clip=None):
         raise run.ConfigError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
                               f"expected --text-width {config.text_width}")
     dataset = data.CaptionedImages(source, resize=config.image_size, crop=config.image_size,
-                                   seed=config.seed, center=config.remember)
+                                   seed=config.seed, center=config.remember,
+                                   filters=data.filters(config))
     first = dataset if config.remember else data.CaptionedImages(
-        source, resize=config.image_size, crop=config.image_size, center=True)
+        source, resize=config.image_size, crop=config.image_size, center=True,
+        filters=data.filters(config))
     fixed = next(data.stream(first, min(256, 2 ** 26 // config.image_size ** 2), seed=config.seed))
     fixed["images"] = fixed["images"].to(device)                          # preview, scale
     settling = semantic_compressor.resize(fixed["images"])
@@ -505,13 +555,16 @@ def train(config, source, out, stage_a_path, clip=None):
     model = StageB(config).to(device).train()
     given = dict(samples=len(dataset), stage_a=run.checksum(vqgan.state_dict()),
                  text_encoder=dict(name=encoder.name, checksum=encoder.checksum))
-    state = run.resume(out / "checkpoint.pt", "B", config, device, rank, given)
-    if compressor_config.imagenet and not state:
+    state = run.resume(out / "checkpoint.pt", "B", config, device, rank, given, init_from)
+    if init_from and not state:                                           # weights, nothing else
+        model.load_state_dict(load(init_from).state_dict())
+        compressor.load_state_dict(semantic_compressor.load(init_from).state_dict())
+    elif compressor_config.imagenet and not state:
         semantic_compressor.imagenet_weights(compressor)
     ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False)
                            for net in (model, compressor))
     parameters = [*model.parameters(), *compressor.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, fused=device.type == "cuda")
     start, position = 0, (0, 0)
     if state:
         model.load_state_dict(state["model"])
@@ -528,7 +581,7 @@ def train(config, source, out, stage_a_path, clip=None):
 
     batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
                           0 if config.remember else config.workers)
-    log, guard, stop = run.Log(out, config.steps, start, rank), run.NanGuard(), run.StopSignal()
+    log, guard, stop = run.Log(out, config, start, rank, world), run.NanGuard(), run.StopSignal()
     record = []                                                   # (t, error) since the last log
     freeze = config.steps - config.cooldown if config.cooldown else None
     for step in range(start, config.steps):
@@ -624,12 +677,13 @@ if __name__ == "__main__":
     from plumbing import run
     config, args = run.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
-        out=(None, "folder of this run (default runs/PRESET/stage_b)"),
+        out=(None, "folder of this run (default runs/paper/stage_b; of phase 2: stage_b-2)"),
         stage_a=(None, "Stage A checkpoint (default runs/PRESET/stage_a/checkpoint.pt)"),
-        clip=(None, "local file with the weights of the CLIP text encoder (default: the hub)"))
-    runs = Path("runs") / args.preset
+        clip=(None, "local weights of the CLIP text encoder, file or folder (default: the hub)"),
+        init_from=(None, "begin a new run with the weights of this checkpoint (E.2, phase 2)"))
+    runs = Path("runs") / args.preset.partition("-")[0]
     if args.data is None:
         sys.exit("--data is missing: a folder of tar shards, for example from "
                  "`python data.py shapes --out shards/shapes`")
-    run.start(train, config, args.data, args.out or runs / "stage_b",
-              args.stage_a or runs / "stage_a/checkpoint.pt", args.clip)
+    run.start(train, config, args.data, args.out or runs / f"stage_b{args.preset[len(runs.name):]}",
+              args.stage_a or runs / "stage_a/checkpoint.pt", args.clip, args.init_from)

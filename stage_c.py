@@ -28,12 +28,13 @@ A healthy pocket run prints: error by noise level starting near [t<.25 1.6 | .5 
 import copy
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -54,7 +55,12 @@ class Config:
     # data
     text_encoder: str = "clip-h"       # paper, §4
     image_size: int = 512              # paper, E.3, first run: 12x12 latents
+    sizes: tuple = ()                  # the compressor's inputs, HxW, one for each batch (E.3)
     remember: bool = False             # encode each image and caption once and keep them in memory
+    min_size: int = 0                  # filters by the .json of each sample (data.py): these four
+    min_aesthetic: float = 0.0         # values let everything pass; README: what the paper used
+    max_pwatermark: float = 1.0
+    max_punsafe: float = 1.0
     # training
     steps: int = 500_000               # paper, E.3, first run
     batch_size: int = 96               # ours: 96 x 16 is the 1536 of E.3; what fits: unmeasured
@@ -67,6 +73,7 @@ class Config:
     seed: int = 0
     workers: int = 8
     compile: bool = False
+    checkpoint_activations: bool = False   # less memory, a third more work
     log_every: int = 100
     preview_every: int = 5000
     save_every: int = 1000
@@ -74,6 +81,12 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
+    # The later runs of E.3, each from the checkpoint of the one before (--init-from). Their warm-up
+    # is ours: short, because each begins with a new optimizer.
+    "paper-2": Config(image_size=1024, steps=364_000, warmup=500),
+    "paper-3": Config(image_size=1024, steps=4_000, accumulate=8, warmup=500,      # 96 x 8 = 768
+                      sizes=("768x1280", "1280x768", "768x768")),
+    "paper-4": Config(image_size=1024, steps=50_000, accumulate=4, warmup=500),    # 96 x 4 = 384
     "released": Config(                # official v2 weights: 993,636,896 parameters, CLIP-bigG text
         width=1536, depth=32, heads=24, text_width=1280, text_encoder="clip-bigg", p2="released"),
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
@@ -298,24 +311,45 @@ class StageC(nn.Module):
         text = self.cond_mapper(text)                                     # (B, L, D)
         x = self.projection(x_t)                                          # (B, D, h, w)
         for block in self.blocks:
-            if isinstance(block, TimestepBlock):
-                x = block(x, t_embedding)
-            elif isinstance(block, AttnBlock):
-                x = block(x, text)
+            condition = {TimestepBlock: (t_embedding,), AttnBlock: (text,)}.get(type(block), ())
+            if self.config.checkpoint_activations and self.training:
+                x = checkpoint(block, x, *condition, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, *condition)
         a, b = self.out(x).float().chunk(2, dim=1)                        # (B, 16, h, w) each
         return ab_to_eps(x_t, a, b)
 
 
 def load(path, device="cpu"):
-    """Rebuild a trained StageC (its EMA weights) from its checkpoint alone, in eval mode."""
+    """Rebuild a trained StageC (its EMA weights), in eval mode, from a checkpoint: ours,
+    a folder that diffusers wrote (WuerstchenPrior) or an official .pt file.
+    """
     from plumbing import run
-    state = run.load_checkpoint(path, "C")
-    with torch.device("meta"):                 # no initial weights: no time, no random numbers
-        model = StageC(Config(**state["config"]))
-    model.load_state_dict(state["ema"], assign=True)
-    return model.to(device).eval().requires_grad_(False)
+    return run.rebuild(path, "C", StageC, config_of, device)
+
+
+def config_of(state):
+    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
+    if "diffusers" in state:
+        return from_diffusers(state["diffusers"])
+    released = replace(PRESETS["released"], image_size=1024)
+    return Config(**state["config"]) if "config" in state else released
+
+
+DIFFUSERS = dict(c_in="latent_channels", c="width", depth="depth", nhead="heads",
+                 c_cond="text_width", c_r="timestep_width", dropout="dropout")
+
+
+def from_diffusers(config):
+    """config.json of a WuerstchenPrior -> Config. What it does not say is as in `released`."""
+    return replace(PRESETS["released"], image_size=1024,
+                   **{ours: config[theirs] for theirs, ours in DIFFUSERS.items()})
+
+
+def to_diffusers(config):
+    """Config -> config.json of a WuerstchenPrior, whose attribute names are ours."""
+    return {"_class_name": "WuerstchenPrior",
+            **{theirs: getattr(config, ours) for theirs, ours in DIFFUSERS.items()}}
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -352,7 +386,8 @@ def ddpm_sample(model, shape, text, null_text, steps=60, guidance=4.0, x=None, g
                 history=None):
     """Draw standardised latents from text: DDPM (Ho et al., 2020), §3.3, on evenly spaced t.
 
-    shape: (B, 16, h, w). text: (B, L, E); null_text: (1, L, E) or (B, L, E). steps: 60 (§4).
+    shape: (B, 16, h, w). text: (B, L, E); null_text: (1, L, E) or (B, L, E). steps: 60 (§4), or
+    the levels themselves, falling from 1 to 0, as RELEASED_LEVELS.
     guidance: eps_hat = null + guidance * (conditional - null): 1 is conditional, 0 unconditional.
     x: the start at t = 1, noise if None. generator: a torch.Generator, or a list of one per sample.
     history: a list that receives x after each step.
@@ -360,7 +395,8 @@ def ddpm_sample(model, shape, text, null_text, steps=60, guidance=4.0, x=None, g
     device = next(model.parameters()).device
     x = randn(shape, generator, device) if x is None else x
     null_text = null_text.expand_as(text)
-    levels = torch.linspace(1, 0, steps + 1, device=device)
+    levels = torch.linspace(1, 0, steps + 1) if isinstance(steps, int) else torch.tensor(steps)
+    levels = levels.to(device)
     for t, t_next in zip(levels[:-1], levels[1:]):
         if guidance == 1:
             eps_hat = model(x, t.expand(len(x)), text)
@@ -379,13 +415,18 @@ def ddpm_sample(model, shape, text, null_text, steps=60, guidance=4.0, x=None, g
     return x
 
 
+# diffusers' recommended 29 steps (DEFAULT_STAGE_C_TIMESTEPS): two thirds of them at high noise
+RELEASED_LEVELS = (*(1 - i / 57 for i in range(20)), *((10 - i) / 15 for i in range(1, 11)))
+
+
 # ---- training ------------------------------------------------------------------------------------
 
-def train(config, source, out, stage_a, stage_b, clip=None):
-    """Train on captioned images. Goes on by itself if `out` holds a run.
+def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
+    """Train on captioned images or on cached latents. Goes on by itself if `out` holds a run.
 
     stage_b: checkpoint that holds the trained compressor. stage_a: for previews; may be missing.
-    clip: local file of the text encoder's weights, or None for the hub.
+    clip: local weights of the text encoder, or None for the hub. init_from: a checkpoint whose
+    weights a new run begins with.
     """
     import data
     import semantic_compressor
@@ -395,7 +436,7 @@ def train(config, source, out, stage_a, stage_b, clip=None):
     out = Path(out)
     run.required(stage_b, "a Stage B checkpoint with the trained Semantic Compressor",
                  "train it with `python stage_b.py --data …`, or name it with --stage-b. also "
-                 f"needed: {config.text_encoder} text (built in, from the hub, or --clip FILE)")
+                 f"needed: {config.text_encoder} text (built in, from the hub, or --clip PATH)")
     compressor = semantic_compressor.load(stage_b, device)
     encoder = data.text_encoder(config.text_encoder, clip, device)
     if config.p2 not in ("paper", "released", "none"):
@@ -403,18 +444,31 @@ def train(config, source, out, stage_a, stage_b, clip=None):
     if encoder.width != config.text_width:
         raise run.ConfigError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
                               f"expected --text-width {config.text_width}")
-    if Path(stage_a).is_file():                                           # so is a wrong Stage A
+    if Path(stage_a).exists():                                            # so is a wrong Stage A
         import sample
         sample.load_chain(stage_a, stage_b, clip=clip)
-    dataset = data.CaptionedImages(source, resize=config.image_size, crop=config.image_size,
-                                   seed=config.seed, center=config.remember)
+    cached = semantic_compressor.cached(source, compressor)               # latents, or None: images
+    sizes = [tuple(int(side) for side in size.split("x")) for size in config.sizes]     # (H, W)
+    if sizes and (cached or config.remember):
+        raise run.ConfigError("--sizes: batches of several sizes are made from images as training "
+                              "goes; give image shards and --no-remember")
+    if cached and cached["image_size"] != config.image_size:
+        raise run.ConfigError(f"{source}: holds latents of {cached['image_size']}-px images, "
+                              f"expected --image-size {config.image_size}")
+    side = min(min(size) for size in sizes) if sizes else config.image_size
+    dataset = (data.CaptionedLatents if cached else data.CaptionedImages)(
+        source, resize=side, crop=sizes or side, seed=config.seed, center=config.remember,
+        filters=data.filters(config))
     out.mkdir(parents=True, exist_ok=True)
 
     def targets(batch):
-        """A batch of images and captions -> x_0 (B, 16, h, w), text (B, L, E)."""
+        """A batch of images (or latents) and captions -> x_0 (B, 16, h, w), text (B, L, E)."""
         with torch.no_grad():
-            images = semantic_compressor.resize(batch["images"].to(device))
-            return compressor.standardise(compressor(images)), encoder(batch["captions"])
+            x_0 = batch["images"].to(device)
+            if not cached:
+                x_0 = compressor.standardise(compressor(
+                    x_0 if sizes else semantic_compressor.resize(x_0)))
+            return x_0, encoder(batch["captions"])
 
     if config.remember:
         dataset = data.remember(dataset, targets, label="compressor latents and text tokens")
@@ -424,11 +478,14 @@ def train(config, source, out, stage_a, stage_b, clip=None):
     torch.manual_seed(config.seed)
     model = StageC(config).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device.type == "cuda")
     start, position = 0, (0, 0)
     given = dict(samples=len(dataset), compressor=run.checksum(compressor.state_dict()),
                  text_encoder=dict(name=encoder.name, checksum=encoder.checksum))
-    state = run.resume(out / "checkpoint.pt", "C", config, device, rank, given)
+    state = run.resume(out / "checkpoint.pt", "C", config, device, rank, given, init_from)
+    if init_from and not state:                                           # weights, nothing else
+        model.load_state_dict(load(init_from).state_dict())
+        ema.load_state_dict(model.state_dict())
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
@@ -441,7 +498,7 @@ def train(config, source, out, stage_a, stage_b, clip=None):
 
     batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
                           0 if config.remember else config.workers)
-    log, guard, stop = run.Log(out, config.steps, start, rank), run.NanGuard(), run.StopSignal()
+    log, guard, stop = run.Log(out, config, start, rank, world), run.NanGuard(), run.StopSignal()
     record = []                                                   # (t, error) since the last log
     for step in range(start, config.steps):
         optimizer.zero_grad(set_to_none=True)
@@ -510,18 +567,42 @@ def preview(model, encoder, captions, stage_a, stage_b, clip, path):
     run.grid(images.float().cpu(), 4, captions).save(path)
 
 
+def interpolate(paths, out, share=0.5):
+    """The last step of E.3: the weights half way between those of two runs, as a checkpoint.
+
+    paths: two checkpoints of ours; share: of the second one. It samples; it cannot be resumed.
+    """
+    from plumbing import run
+    first, second = (run.load_checkpoint(path, "C") for path in paths)
+    for name in ("compressor", "text_encoder"):
+        if first[name] != second[name]:
+            raise run.CheckpointError(f"{paths[0]} and {paths[1]} were trained with different "
+                                      f"values of {name}: between them lies no model")
+    ema = {name: value.lerp(second["ema"][name], share) for name, value in first["ema"].items()}
+    Path(out).mkdir(parents=True, exist_ok=True)
+    run.save_checkpoint(Path(out) / "checkpoint.pt", dict(
+        stage="C", config=second["config"], step=second["step"], ema=ema, samples=0,
+        compressor=second["compressor"], text_encoder=second["text_encoder"]))
+    print(f"{out}/checkpoint.pt: {1 - share:g} of {paths[0]} and {share:g} of {paths[1]}")
+
+
 if __name__ == "__main__":
     from plumbing import run
     config, args = run.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
-        out=(None, "folder of this run (default runs/PRESET/stage_c)"),
+        out=(None, "folder of this run (default runs/paper/stage_c; of phase 2: stage_c-2)"),
         stage_a=(None, "Stage A checkpoint, for previews (runs/PRESET/stage_a/checkpoint.pt)"),
         stage_b=(None, "Stage B checkpoint (default runs/PRESET/stage_b/checkpoint.pt)"),
-        clip=(None, "local file with the weights of the CLIP text encoder (default: the hub)"))
-    runs = Path("runs") / args.preset
+        clip=(None, "local weights of the CLIP text encoder, file or folder (default: the hub)"),
+        init_from=(None, "begin a new run with the weights of this checkpoint (E.3: each phase)"),
+        interpolate=(None, "RUN,RUN: no training, the mean of two checkpoints' weights (E.3)"))
+    runs = Path("runs") / args.preset.partition("-")[0]
+    if args.interpolate:
+        run.start(interpolate, args.interpolate.split(","), args.out or runs / "stage_c")
+        sys.exit()
     if args.data is None:
         sys.exit("--data is missing: a folder of tar shards, for example from "
                  "`python data.py shapes --out shards/shapes`")
-    run.start(train, config, args.data, args.out or runs / "stage_c",
+    run.start(train, config, args.data, args.out or runs / f"stage_c{args.preset[len(runs.name):]}",
               args.stage_a or runs / "stage_a/checkpoint.pt",
-              args.stage_b or runs / "stage_b/checkpoint.pt", args.clip)
+              args.stage_b or runs / "stage_b/checkpoint.pt", args.clip, args.init_from)

@@ -836,7 +836,8 @@ def test_sample_refuses(chain, tmp_path):
     with pytest.raises(Exception, match="1024x640 and 1024x768"):
         sample.read_size("1024x700")
     done = command("sample.py", "x", "--weights", tmp_path, check=False)
-    assert done.returncode == 1 and "no such file" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "each with the checkpoint.pt" in done.stderr
+    assert "Traceback" not in done.stderr
     state = torch.load(chain / "stage_c/checkpoint.pt", weights_only=True)
     run.save_checkpoint(tmp_path / "c.pt", dict(state, compressor="0"))
     with pytest.raises(run.CheckpointError, match="another compressor"):
@@ -1315,7 +1316,7 @@ def test_pocket_text_encoder(encoder):
 
 def test_pocket_text_encoder_is_the_same_everywhere(encoder):
     """The weights follow from a fixed seed: a known checksum, whatever was drawn before."""
-    assert encoder.checksum == "dfc99adfecb2cb9977d7ec1400a524410c963b583a4528946f3bc08315973043"
+    assert encoder.checksum == "9951c320d90751f38e777c6775c2a6870657b5b6183a86ec761edad8e65721ff"
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.train().training
 
 
@@ -1335,7 +1336,8 @@ def test_clip_weights_from_a_file(tmp_path, monkeypatch, suffix, prefix):
     encoder = data.text_encoder("clip-h", weights=path)
     captions = ["a red star", ""]
     expected = tower.half().float()(encoder.tokenizer(captions))[1]
-    torch.testing.assert_close(encoder(captions), expected.detach())
+    for i, real in enumerate(encoder.tokens(captions)[1]):     # open_clip pads in another way
+        torch.testing.assert_close(encoder(captions)[i, real], expected[i, real].detach())
     assert encoder.width == 16 and encoder.length == 77
     monkeypatch.setitem(data.TEXT_ENCODERS["clip-h"], "width", 32)
     with pytest.raises(data.DataError, match="is not the text tower of clip-h"):

@@ -1,7 +1,7 @@
 """Real pictures without a download: the emoji of the Noto Color Emoji font, named by Unicode.
 
     apt-get install fonts-noto-color-emoji
-    python experiments/emoji.py --out emoji               about 1,300 PNGs of 136 px, each with a .txt
+    python experiments/emoji.py --out emoji       about 1,300 PNGs of 136 px, each with a .txt
     python data.py pack emoji --out shards/emoji
 
 Names that say "black" or "white" are left out: in Unicode they mean filled and outlined.

@@ -30,8 +30,7 @@ def main():
     parser.add_argument("--n", type=int, default=64, help="how many pictures")
     settings = parser.parse_args()
     run.setup(0)
-    chain = sample.load_chain(settings.weights / "stage_a/checkpoint.pt",
-                              settings.weights / "stage_b/checkpoint.pt")
+    chain = sample.load_chain(**sample.find(settings.weights, "ab"))
     size = chain.b.config.image_size
     dataset = data.CaptionedImages(settings.data, resize=size, crop=size, center=True)
     batch = next(data.stream(dataset, settings.n))

@@ -43,8 +43,8 @@ def parse(Config, presets, doc, argv=None, preset="paper", **paths):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text,
                                 default=argparse.SUPPRESS)
         elif isinstance(value, tuple):
-            parser.add_argument(flag, type=tuple_of(type(value[0])), help=text, metavar="A,B,…",
-                                default=argparse.SUPPRESS)
+            parser.add_argument(flag, type=tuple_of(type((*value, "")[0])), help=text,
+                                metavar="A,B,…", default=argparse.SUPPRESS)
         else:
             parser.add_argument(flag, type=type(value), help=text, metavar=type(value).__name__,
                                 default=argparse.SUPPRESS)
@@ -68,7 +68,7 @@ def tuple_of(kind):
 
 def required(path, what, how):
     """Return `path` as a Path, or stop with one sentence: what is missing and how it is made."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         sys.exit(f"{path}: {what} is needed here and was not found; {how}")
     return Path(path)
 
@@ -92,7 +92,7 @@ def start(train, *arguments):
         sys.exit(f"the GPU's memory is full ({str(error).partition('.')[0]}); try half the "
                  "--batch-size with twice the --accumulate")
     except KeyboardInterrupt:
-        sys.exit("stopped before the first step or by a second Ctrl-C; nothing more was saved")
+        sys.exit("stopped; nothing more was saved, and the same command goes on from what was")
 
 
 # ---- torchrun ------------------------------------------------------------------------------------
@@ -167,22 +167,103 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, stage=None):
-    """Read a checkpoint to the CPU, never unpickling code.
+    """Read a checkpoint to the CPU, never unpickling code. Three forms, one result, a dict:
 
+    ours               what save_checkpoint wrote
+    a folder           config.json (here as "diffusers") and safetensors (as "ema"), by diffusers
+    an official .pt    its weights as "ema", with the names of OFFICIAL_NAMES replaced
+    stage: "A", "B" or "C", or "compressor" (which also finds the one inside a Stage B checkpoint).
     Raises CheckpointError, one sentence, if it is missing, damaged or of another stage.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if path.is_dir():
+        return load_diffusers(path, stage)
+    if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a checkpoint of stage {stage}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint "
                               f"({str(error).splitlines()[0]})") from None
+    if isinstance(state, dict) and {"state_dict", "ema_state_dict"} & set(state):
+        weights = official(state.get("ema_state_dict") or state["state_dict"])
+        state = {"stage": stage.replace("compressor", "B") if stage else "official",
+                 "model": weights, "ema": weights,
+                 "compressor_ema": state.get("effnet_state_dict", {})}
     found = state.get("stage") if isinstance(state, dict) else type(state).__name__
-    if stage is not None and found != stage:
+    if stage is not None and found != stage.replace("compressor", "B"):
         raise CheckpointError(f"{path}: found a checkpoint of {found!r}, expected one of stage "
                               f"{stage!r}")
     return state
+
+
+DIFFUSERS_CLASSES = {"A": "PaellaVQModel", "B": "WuerstchenDiffNeXt", "C": "WuerstchenPrior",
+                     "compressor": "EfficientNetEncoder"}
+
+
+def load_diffusers(folder, stage):
+    """A folder with config.json and diffusion_pytorch_model.safetensors: names as they are."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: expected a folder in diffusers' layout, config.json and "
+                              f"diffusion_pytorch_model.safetensors ({error})") from None
+    found = config.get("_class_name")
+    if stage is not None and found != DIFFUSERS_CLASSES[stage]:
+        raise CheckpointError(f"{folder}: found a {found}, expected {DIFFUSERS_CLASSES[stage]}")
+    return {"stage": stage, "diffusers": config, "model": tensors, "ema": tensors,
+            "compressor_ema": tensors}
+
+
+def save_diffusers(folder, config, tensors):
+    """Write what load_diffusers and diffusers' from_pretrained read."""
+    from safetensors.torch import save_file
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    save_file(tensors, Path(folder) / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+OFFICIAL_NAMES = {"vquantizer.codebook.": "vquantizer.embedding.",
+                  "attention.attn.out_proj.": "attention.to_out.0.",
+                  "attention.attn.in_proj_weight": ("to_q.weight", "to_k.weight", "to_v.weight"),
+                  "attention.attn.in_proj_bias": ("to_q.bias", "to_k.bias", "to_v.bias")}
+
+
+def official(tensors):
+    """Weights by the names of the official .pt files -> by those of the diffusers folders."""
+    renamed = {}
+    for name, value in tensors.items():
+        for theirs, ours in OFFICIAL_NAMES.items():
+            if theirs in name and isinstance(ours, tuple):        # q, k, v are one matrix there
+                head = name.partition("attn.")[0]
+                renamed.update(zip([head + one for one in ours], value.chunk(3)))
+                break
+            name = name.replace(theirs, ours if isinstance(ours, str) else theirs)
+        else:
+            renamed[name] = value
+    return renamed
+
+
+def rebuild(path, stage, Model, config_of, device, weights="ema"):
+    """Model(config_of(state)) with its weights, in eval mode, from any form of a checkpoint."""
+    state = load_checkpoint(path, stage)
+    try:
+        config = config_of(state)
+        with torch.device("meta"):             # no initial weights: no time, no random numbers
+            model = Model(config)
+        tensors = {name: value.float() if value.is_floating_point() else value
+                   for name, value in state[weights].items()}
+        model.load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        lines = str(error).splitlines()
+        what = (lines[1] if len(lines) > 1 else str(error)).strip()[:300]
+        raise CheckpointError(f"{path}: does not hold the weights of {Model.__name__}: {what}"
+                              ) from None
+    return model.to(device).eval().requires_grad_(False)
 
 
 def random_state(device):
@@ -194,11 +275,11 @@ def random_state(device):
 
 
 # what may change when a run goes on: its length, and what is about the machine and the log
-FREE = {"steps", "cooldown", "workers", "compile", "log_every", "preview_every", "save_every",
-        "latent_mean", "latent_std"}
+FREE = {"steps", "cooldown", "workers", "compile", "checkpoint_activations", "log_every",
+        "preview_every", "save_every", "latent_mean", "latent_std"}
 
 
-def resume(path, stage, config, device, rank, given):
+def resume(path, stage, config, device, rank, given, init_from=None):
     """Load the checkpoint that `--out` holds, or None. Restores the random numbers.
 
     The config must be the one of the run, but for the fields in FREE, and so must everything in
@@ -206,8 +287,16 @@ def resume(path, stage, config, device, rank, given):
     numbers would be two runs under one name.
     """
     if not Path(path).is_file():
+        if init_from and rank == 0:
+            print(f"a new run at step 0 with the weights of {init_from}, and with nothing else of "
+                  "it: not its optimizer, schedule or place in the data", flush=True)
         return None
+    if init_from and rank == 0:
+        print(f"{path} is there, so that run goes on; --init-from has no effect", flush=True)
     state = load_checkpoint(path, stage)
+    if "optimizer" not in state:
+        sys.exit(f"{path}: holds weights without the state of a training, so it cannot be "
+                 "continued; give it as --init-from with another --out to begin with its weights")
     now, then = dataclasses.asdict(config), state["config"]
     differ = [f"--{name.replace('_', '-')} is {now[name]}, was {then.get(name)}"
               for name in now if name not in FREE and now[name] != then.get(name)]
@@ -317,9 +406,15 @@ def by_level(record, edges=(0.25, 0.5, 0.75, 1.0)):
 class Log:
     """A tqdm bar with loss, img/s and ETA; a JSON line in out/log.jsonl per `log_every` steps."""
 
-    def __init__(self, out, steps, start, rank):
-        self.path, self.rank = Path(out) / "log.jsonl", rank
+    def __init__(self, out, config, start, rank, world):
+        self.path, self.rank, self.world = Path(out) / "log.jsonl", rank, world
         self.images, self.clock = 0, time.perf_counter()
+        steps, self.left = config.steps, config.steps - start
+        self.batch, self.warm, self.begun = config.batch_size * config.accumulate * world, 0, 0.0
+        if rank == 0:
+            print(f"{self.left:,} steps to go; effective batch {config.batch_size} x "
+                  f"{config.accumulate} accumulated x {world} process(es) = {self.batch:,}, "
+                  f"{self.left * self.batch:,} samples", flush=True)
         self.bar = tqdm(total=steps, initial=start, disable=rank != 0, unit="step", smoothing=0.05,
                         mininterval=1.0 if sys.stderr.isatty() else 15.0)
         if rank == 0 and self.path.exists():              # lines after the checkpoint: run again
@@ -330,6 +425,15 @@ class Log:
     def step(self, images):
         self.images += images
         self.bar.update()
+        self.warm += 1                                    # steps 1 and 2 compile, open files, …
+        if self.warm == 2:
+            self.begun = time.perf_counter()
+        if self.warm == 5 and self.rank == 0:
+            seconds = (time.perf_counter() - self.begun) / 3
+            hours = seconds * self.left / 3600
+            unit = "GPU" if torch.cuda.is_available() else "CPU process"
+            tqdm.write(f"a step takes {seconds:.2f} s (measured now), so this run takes "
+                       f"{hours:,.1f} hours: {hours * self.world:,.1f} {unit}-hours")
 
     def write(self, step, levels=None, **numbers):
         """Print the fixed line and append it to log.jsonl. numbers: name -> float."""
