@@ -980,10 +980,10 @@ def _from_hub(model, tag):
 
 def check_hub():
     """FileNotFoundError with a sentence if Hugging Face's hub is out of reach."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    hub = huggingface_hub.constants.ENDPOINT
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    hub = constants.ENDPOINT
+    if constants.HF_HUB_OFFLINE:
         raise FileNotFoundError("they are not in the cache and HF_HUB_OFFLINE is set")
     try:  # the hub's own client retries for a minute before it says that there is no network
         urllib.request.urlopen(hub, timeout=10).close()

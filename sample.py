@@ -128,7 +128,7 @@ def load_chain(a, b, c=None, compressor=None, text_b=None, text_c=None, clip=Non
     prior, encoder_c = None, encoder_b
     if c is not None:
         prior = stage_c.load(c, device)
-        if not state_c or state_c.get("text_encoder") != state_b.get("text_encoder"):
+        if "text_encoder" not in state_c or state_c["text_encoder"] != state_b.get("text_encoder"):
             encoder_c = text_encoder(state_c, "clip-bigg", prior, c, clip or text_c, device)
     return Chain(vqgan, decoder, prior, net, scale, encoder_b, encoder_c)
 

@@ -291,7 +291,7 @@ def test_stage_b_weight():
 
 @pytest.mark.parametrize("module", [stage_b, stage_c])
 def test_schedule(module):
-    """alpha_bar falls from .9999 to .0001 (flat where clamped), noised variance is 1, draw_t fits."""
+    """alpha_bar falls from .9999 to .0001 (flat where clamped); noised variance is 1; draw_t fits."""
     t = torch.linspace(0, 1, 1001)
     a = module.alpha_bar(t)
     assert a[0] == pytest.approx(0.9999) and a[-1] == pytest.approx(1e-4)
@@ -860,6 +860,155 @@ def test_help(file):
     assert ("Würstchen" in out) and ("--out" in out)
 
 
+# ---- the paper's recipe: phases, ratios, interpolation, cached latents ---------------------------
+
+@pytest.mark.parametrize("stage, phases", [
+    (stage_a, {"paper": (500_000, 256, None)}),
+    (stage_b, {"paper": (457_000, 512, 512), "paper-2": (300_000, 128, 1024)}),
+    (stage_c, {"paper": (500_000, 1536, 512), "paper-2": (364_000, 1536, 1024),
+               "paper-3": (4_000, 768, 1024), "paper-4": (50_000, 384, 1024)})])
+def test_phases(stage, phases):
+    """Each phase carries the numbers of E.1 to E.3: steps, batch and resolution."""
+    for name, (steps, batch, size) in phases.items():
+        config = stage.PRESETS[name]
+        assert (config.steps, config.batch_size * config.accumulate) == (steps, batch)
+        assert getattr(config, "image_size", None) == size and config.lr == 1e-4
+        assert config.warmup < config.steps
+
+
+def test_recipe_at_pocket_size(chain, drawings, tmp_path):
+    """The paper's phases as commands, small: --init-from, three ratios, interpolation, a sample."""
+    pocket = stage_c.PRESETS["pocket"]
+    b = ["stage_b.py", *flags(replace(TINY_B, steps=2), stage_b.PRESETS["pocket"]), "--data",
+         drawings, "--stage-a", chain / "stage_a/checkpoint.pt"]
+    done = command(*b, "--image-size", 256, "--no-remember", "--init-from",
+                   chain / "stage_b/checkpoint.pt", "--out", tmp_path / "stage_b")
+    assert "a new run at step 0 with the weights of" in done.stdout
+    assert "effective batch 4 x 1 accumulated x 1 process(es) = 4" in done.stdout
+    weights = ["--stage-a", chain / "stage_a/checkpoint.pt",
+               "--stage-b", tmp_path / "stage_b/checkpoint.pt"]
+    c = ["stage_c.py", *flags(replace(TINY_C, steps=6, cooldown=0), pocket), "--data", drawings,
+         *weights]
+    command(*c, "--out", tmp_path / "c1")
+    done = command(*c, "--init-from", tmp_path / "c1/checkpoint.pt", "--out", tmp_path / "c3",
+                   "--no-remember", "--sizes", "96x160,160x96,96x96", "--accumulate", 2)
+    assert "CPU process-hours" in done.stdout
+    done = command(*c, "--init-from", tmp_path / "c3/checkpoint.pt", "--out", tmp_path / "c4",
+                   "--min-size", 128, "--checkpoint-activations")
+    command("stage_c.py", "--interpolate", f"{tmp_path}/c3/checkpoint.pt,{tmp_path}/c4/checkpoint.pt",
+            "--out", tmp_path / "stage_c")
+    one, two, middle = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["ema"]
+                        for name in ("c3", "c4", "stage_c"))
+    for name, value in middle.items():
+        assert_close(value, (one[name] + two[name]) / 2)
+    assert not torch.equal(one["out.1.weight"], two["out.1.weight"])
+    (tmp_path / "stage_a").symlink_to(chain / "stage_a")
+    command("sample.py", "a red star", "--weights", tmp_path, "--steps-c", 2, "--steps-b", 2,
+            "--size", "256x128", "--out", tmp_path / "out.png")
+    assert Image.open(tmp_path / "out.png").size == (256, 128)
+    done = command(*c, "--out", tmp_path / "stage_c", check=False)
+    assert done.returncode == 1 and "cannot be continued" in done.stderr
+
+
+def test_init_from_is_not_resuming(chain, drawings, tmp_path):
+    """--init-from takes the weights and begins at step 0 with a new optimizer and schedule."""
+    paths = [chain / "stage_a/checkpoint.pt", chain / "stage_b/checkpoint.pt"]
+    stage_c.train(replace(TINY_C, steps=1, lr=0.0), drawings, tmp_path, *paths,
+                  init_from=chain / "stage_c/checkpoint.pt")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    before = torch.load(chain / "stage_c/checkpoint.pt", weights_only=True)
+    same(state["model"], before["ema"], "model")
+    assert state["step"] == 1 and state["optimizer"]["state"][0]["step"] == 1
+
+
+def test_one_ratio_for_each_batch(shards):
+    """Of several crops each batch has one; all are drawn about equally often, and the same again."""
+    sizes = [(24, 40), (40, 24), (24, 24)]
+    dataset = data.CaptionedImages(shards, resize=24, crop=sizes, seed=3)
+    shapes_ = [tuple(batch["images"].shape[2:]) for batch in take(data.stream(dataset, 3), 150)]
+    assert set(shapes_) == set(sizes)
+    assert all(30 < shapes_.count(size) < 70 for size in sizes)
+    later = take(data.stream(dataset, 3, position=(1, 3)), 3)            # after five batches
+    assert [tuple(batch["images"].shape[2:]) for batch in later] == shapes_[5:8]
+
+
+@pytest.mark.parametrize("module, config", [(stage_b, TINY_B), (stage_c, TINY_C)])
+def test_checkpointed_activations(module, config):
+    """--checkpoint-activations changes no gradient."""
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = (stage_b.StageB if module is stage_b else stage_c.StageC)(
+            replace(config, checkpoint_activations=on))
+        shake(model).train()
+        sem = (torch.randn(2, 16, 3, 3),) if module is stage_b else ()
+        x_0 = torch.randn(2, 4, 32, 32) if sem else torch.randn(2, 16, 3, 3)
+        module.loss(model, x_0, *sem, torch.randn(2, *TEXT)).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients))
+
+
+def test_filters(tmp_path):
+    """Filters keep a sample on the bound; a missing or null field counts only if it was asked for."""
+    def meta(**fields):
+        return {"original_width": 600, "original_height": 512, **fields}
+    facts = [meta(aesthetic=6.0), meta(AESTHETIC_SCORE=5.0, pwatermark=0.9), meta(aesthetic=4.9),
+             meta(aesthetic=None, AESTHETIC_SCORE=5.5), meta(aesthetic=None), {"aesthetic": 7}]
+    make_tar(tmp_path / "0.tar", [part for i, fact in enumerate(facts) for part in (
+        (f"{i}.png", encoded()), (f"{i}.txt", b"x"), (f"{i}.json", json.dumps(fact).encode()))])
+
+    def keys(**given):
+        config = replace(TINY_C, **given)
+        found = data.CaptionedImages(tmp_path, filters=data.filters(config), report=False)
+        return "".join(found.key(i) for i in range(len(found))), found.counts()
+    assert keys() == ("012345", {})
+    assert keys(min_aesthetic=5.0) == ("0135", {"aesthetic below 5.0": 1, "no aesthetic": 1})
+    assert keys(min_size=512) == ("01234", {"no size": 1})
+    assert keys(max_pwatermark=0.9) == ("1", {"no pwatermark": 5})
+    with pytest.raises(data.DataError, match="no sample passes the filters; found 6 x no punsafe"):
+        keys(max_punsafe=0.5)
+
+
+def test_look_counts_duplicates(tmp_path, capsys):
+    """`look` counts images that are there again, by sha256 or hash."""
+    make_tar(tmp_path / "0.tar", [part for i, name in enumerate("aabca") for part in (
+        (f"{i}.png", encoded()), (f"{i}.txt", b"x"), (f"{i}.json", b'{"sha256": "%s"}' %
+                                                      name.encode()))])
+    data.look(tmp_path, tmp_path / "look.png")
+    assert "3 different images, 2 are there again" in capsys.readouterr().out
+
+
+def test_cached_latents(chain, drawings, tmp_path):
+    """Trained from cached latents, Stage C has the losses it has from images, sample by sample."""
+    a, b = chain / "stage_a/checkpoint.pt", chain / "stage_b/checkpoint.pt"
+    arguments = ("semantic_compressor.py", "--data", drawings, "--weights", b, "--out",
+                 tmp_path / "latents")
+    command(*arguments)
+    dataset, images = data.CaptionedLatents(tmp_path / "latents"), data.CaptionedImages(drawings)
+    assert len(dataset) == len(images) and dataset[0]["image"].dtype == torch.float16
+    assert dataset.caption(3) == images.caption(3)
+    assert dataset.meta(3) == {**images.meta(3), "source": images.key(3)}
+    for source, out in ((drawings, "one"), (tmp_path / "latents", "two")):
+        stage_c.train(TINY_C, source, tmp_path / out, a, b)
+    one, two = ([json.loads(line)["loss"] for line in (tmp_path / out / "log.jsonl").open()]
+                for out in ("one", "two"))
+    assert len(one) == 4 and one == two
+    # stopped and started again: the missing shard is made, the others are left as they are
+    shards = sorted((tmp_path / "latents").glob("*.tar"))
+    before = shards[0].read_bytes()
+    shards[0].unlink()
+    command(*arguments)
+    assert shards[0].read_bytes() == before
+    state = torch.load(b, weights_only=True)
+    state["compressor_ema"]["mapper.0.weight"] *= 1.01
+    run.save_checkpoint(tmp_path / "b.pt", state)
+    done = command(*arguments[:4], tmp_path / "b.pt", *arguments[5:], check=False)
+    assert done.returncode == 1 and "made with another compressor" in done.stderr
+    with pytest.raises(data.DataError, match="latents of another compressor"):
+        semantic_compressor.cached(tmp_path / "latents",
+                                   semantic_compressor.load(tmp_path / "b.pt"))
+
+
 # ---- data.py: making sources ---------------------------------------------------------------------
 
 def encoded(size=(40, 30), colour=(200, 30, 40), mode="RGB", form="PNG", **options):
@@ -1275,7 +1424,10 @@ def test_memory_equals_encoding_directly(tmp_path, workers):
     members["000000004.png"] = b"broken"
     make_tar(tmp_path / "0.tar", members.items())
     dataset = data.CaptionedImages(tmp_path)
-    encode = lambda batch: (batch["images"].mean(dim=(2, 3)), torch.tensor(batch["indices"]))
+
+    def encode(batch):
+        return batch["images"].mean(dim=(2, 3)), torch.tensor(batch["indices"])
+
     memory = data.remember(dataset, encode, batch_size=4, workers=workers)
     assert len(memory) == 11 and memory.tensors[0].dtype == torch.float16
     for direct, kept in zip(take(data.stream(dataset, 4, seed=2), 6),
@@ -1368,6 +1520,283 @@ def test_bad_clip_files(tmp_path):
     for name in ("a.safetensors", "b.bin", "c.pt", "d.pt", "gone.pt"):
         with pytest.raises(data.DataError, match="--clip"):
             data.text_encoder("clip-h", weights=tmp_path / name)
+
+
+# ---- published weights: the same numbers as diffusers and transformers ---------------------------
+
+PROMPTS = ["a red star above a blue circle", "An ASTRONAUT, riding a horse -- 4k; it's 35mm!"]
+
+
+def worst(found, expected):
+    """Largest difference, relative to the largest expected value."""
+    assert found.shape == expected.shape and found.isfinite().all()
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(folder, networks): small random networks of diffusers and transformers, in the layout of
+    warp-ai/wuerstchen and warp-ai/wuerstchen-prior, with every kind of block that these have.
+    """
+    from diffusers import DDPMWuerstchenScheduler
+    from diffusers.pipelines.deprecated.wuerstchen import (PaellaVQModel, WuerstchenDiffNeXt,
+                                                           WuerstchenPrior)
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    folder = tmp_path_factory.mktemp("published")
+    torch.manual_seed(0)
+    vqgan = PaellaVQModel(bottleneck_blocks=2, embed_dim=32, num_vq_embeddings=64)
+    decoder = WuerstchenDiffNeXt(
+        c_cond=24, clip_embd=32, c_hidden=[16, 32, 32, 48], nhead=[-1, 2, 4, 6],
+        blocks=[1, 2, 2, 1], level_config=["CT", "CTA", "CTA", "CTA"],
+        inject_effnet=[False, True, True, True])
+    prior = WuerstchenPrior(c=32, c_cond=48, depth=2, nhead=2)
+    networks = dict(vqgan=shake(vqgan, 0.2), decoder=shake(decoder), prior=shake(prior))
+    with torch.no_grad():                          # the heads: a chain of random ones would explode
+        for head in (decoder.clf[1], prior.out[1]):
+            head.weight.mul_(0.02)
+            head.bias.mul_(0.02)
+        vqgan.down_blocks[3][1].running_var.fill_(0.1)
+    clip = SimpleTokenizer()                       # of it the files of CLIPTokenizer
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {special.get(word, word): number for word, number in clip.encoder.items()}
+    merges = [" ".join(pair) for pair in sorted(clip.bpe_ranks, key=clip.bpe_ranks.get)]
+    for name, width, heads in (("wuerstchen", 32, 2), ("wuerstchen-prior", 48, 3)):
+        text = CLIPTextModel(CLIPTextConfig(
+            vocab_size=49408, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=heads, hidden_act="gelu", bos_token_id=49406, eos_token_id=49407))
+        networks[f"text/{name}"] = shake(text, 0.3).eval()
+        text.save_pretrained(folder / name / "text_encoder")
+        files = folder / name / "tokenizer"
+        files.mkdir()
+        (files / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        (files / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+        tokens = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>",
+                      unk_token="<|endoftext|>", pad_token="<|endoftext|>")
+        (files / "special_tokens_map.json").write_text(json.dumps(tokens))
+        (files / "tokenizer_config.json").write_text(
+            json.dumps(dict(tokens, model_max_length=77, tokenizer_class="CLIPTokenizer")))
+        networks[f"tokenizer/{name}"] = CLIPTokenizer.from_pretrained(files)
+        networks[f"scheduler/{name}"] = DDPMWuerstchenScheduler()
+    vqgan.save_pretrained(folder / "wuerstchen/vqgan")
+    decoder.save_pretrained(folder / "wuerstchen/decoder")
+    prior.save_pretrained(folder / "wuerstchen-prior/prior")
+    for network in (vqgan, decoder, prior):
+        network.eval()
+    return folder, networks
+
+
+def reference(networks, prompt, seed, height, width, levels, steps_b):
+    """diffusers' two pipelines -> C's raw latents, B's latents, pixels before clamping."""
+    from diffusers.pipelines.deprecated.wuerstchen import (WuerstchenDecoderPipeline,
+                                                           WuerstchenPriorPipeline)
+    names = {"prior": "wuerstchen-prior", "decoder": "wuerstchen"}
+    parts = {stage: dict(tokenizer=networks[f"tokenizer/{name}"],
+                         text_encoder=networks[f"text/{name}"],
+                         scheduler=networks[f"scheduler/{name}"]) for stage, name in names.items()}
+    first = WuerstchenPriorPipeline(prior=networks["prior"], **parts["prior"],
+                                    latent_mean=networks.get("latent_mean", 42.0),
+                                    latent_std=networks.get("latent_std", 1.0))
+    second = WuerstchenDecoderPipeline(decoder=networks["decoder"], vqgan=networks["vqgan"],
+                                       **parts["decoder"])
+    for pipeline in (first, second):
+        pipeline.set_progress_bar_config(disable=True)
+    noise = sample.generators([seed, seed + 2 ** 31])
+    raw = first(prompt, height, width, timesteps=list(levels), guidance_scale=4.0,
+                generator=noise[0]).image_embeddings
+    latents = second(raw, prompt, num_inference_steps=steps_b, generator=noise[1],
+                     output_type="latent").images
+    vqgan = networks["vqgan"]
+    with torch.no_grad():
+        return raw, latents, vqgan.decode(latents * vqgan.config.scale_factor).sample
+
+
+def ours(chain, prompt, seed, height, width, levels, steps_b):
+    """The same from sample.py's chain."""
+    way = []
+    latents = sample.draw_latents(chain, [prompt], [seed], height, width, levels)
+    with torch.no_grad():
+        images = sample.draw_images(chain, latents, [prompt], [seed], steps_b, history=way)
+    mean, std = chain.scale
+    return latents * std + mean, way[-1], images
+
+
+def test_published_modules(published):
+    """Stage A, B and C loaded from diffusers' folders give diffusers' numbers, to 1e-5."""
+    folder, networks = published
+    torch.manual_seed(1)
+    a = stage_a.load(folder / "wuerstchen/vqgan")
+    b = stage_b.load(folder / "wuerstchen/decoder")
+    c = stage_c.load(folder / "wuerstchen-prior/prior")
+    images, t = torch.rand(2, 3, 64, 96), torch.tensor([0.9, 0.2])
+    x_b, x_c = torch.randn(2, 4, 32, 48), torch.randn(2, 16, 3, 5)
+    sem, text_b, text_c = torch.randn(2, 16, 3, 5), torch.randn(2, 77, 32), torch.randn(2, 77, 48)
+    with torch.no_grad():
+        latents = networks["vqgan"].encode(images).latents
+        assert worst(a.encode(images), latents) < 1e-5
+        assert worst(a.decode(latents), networks["vqgan"].decode(latents).sample) < 1e-5
+        quantised = networks["vqgan"].decode(latents, force_not_quantize=False).sample
+        assert worst(a.decode(a.quantize(latents)[0]), quantised) < 1e-5
+        assert worst(b(x_b, t, sem, text_b), networks["decoder"](x_b, t, sem, text_b)) < 1e-5
+        assert worst(c(x_c, t, text_c), networks["prior"](x_c, t, text_c)) < 1e-5
+    assert a.config.latent_std == 0.3764 and b.config.condition == "raw"
+
+
+def test_published_text_towers(published):
+    """Text tokens are those of transformers at all 77 positions, from folder and open_clip file."""
+    folder, networks = published
+    captions = [*PROMPTS, "", "ünïcode café 日本  spaces ", "word " * 100]
+    for name, known in (("wuerstchen", "clip-h"), ("wuerstchen-prior", "clip-bigg")):
+        encoder = data.text_encoder(known, folder / name / "text_encoder")
+        query = networks[f"tokenizer/{name}"](captions, padding="max_length", max_length=77,
+                                              truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = networks[f"text/{name}"](
+                query.input_ids, attention_mask=query.attention_mask).last_hidden_state
+        ids, real = encoder.tokens(captions)
+        assert torch.equal(ids, query.input_ids)
+        assert torch.equal(real, query.attention_mask.bool())
+        assert expected.shape[1] == 77 and worst(encoder(captions), expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(128, 128), (256, 384), (512, 512)])
+def test_published_chain(published, size):
+    """The whole chain equals diffusers' two pipelines: C's and B's latents and pixels, to 1e-4."""
+    folder, networks = published
+    chain = sample.load_chain(**sample.find(folder))
+    levels = stage_c.RELEASED_LEVELS if size == (128, 128) else torch.linspace(1, 0, 5).tolist()
+    job = (PROMPTS[size[0] > 128], 7, *size, levels, 3)
+    found, expected = ours(chain, *job), reference(networks, *job)
+    for ours_, theirs in zip(found, expected):
+        assert worst(ours_, theirs) < 1e-4
+    assert expected[2].shape == (1, 3, *size) and expected[2].std() > 0.05
+
+
+@pytest.mark.parametrize("part", ["vqgan", "decoder", "prior", "text/wuerstchen",
+                                  "text/wuerstchen-prior"])
+def test_published_chain_notices(published, part):
+    """The comparison is no formality: 1 % more on one network's weights breaks its bound."""
+    folder, networks = published
+    chain = sample.load_chain(**sample.find(folder))
+    job = (PROMPTS[0], 7, 128, 128, torch.linspace(1, 0, 5).tolist(), 3)
+    expected = reference(networks, *job)
+    network = {"vqgan": chain.a, "decoder": chain.b, "prior": chain.c,
+               "text/wuerstchen": chain.text_b, "text/wuerstchen-prior": chain.text_c}[part]
+    for parameter in network.parameters():
+        parameter.mul_(1.01)
+    found = ours(chain, *job)
+    assert max(worst(one, other) for one, other in zip(found, expected)) > 1e-4
+
+
+def to_official(tensors):
+    """The names of diffusers' folders -> those of the official .pt files."""
+    out = {}
+    for name, value in tensors.items():
+        name = name.replace("vquantizer.embedding", "vquantizer.codebook")
+        name = name.replace("attention.to_out.0", "attention.attn.out_proj")
+        if ".to_q." in name:
+            parts = [tensors[name.replace(".to_q.", f".to_{one}.")] for one in "qkv"]
+            name = name.replace("attention.to_q.", "attention.attn.in_proj_")
+            value = torch.cat(parts)
+        if ".to_k." not in name and ".to_v." not in name:
+            out[name] = value
+    return out
+
+
+def test_official_files(published, tmp_path, monkeypatch):
+    """The official .pt files, with names of their own, give the same picture as the folders."""
+    folder, networks = published
+    chain = sample.load_chain(**sample.find(folder))
+    nets = (chain.a, chain.b, chain.c)
+    for module, net in zip((stage_a, stage_b, stage_c), nets):
+        monkeypatch.setitem(module.PRESETS, "released", net.config)
+    compressor = shake(semantic_compressor.SemanticCompressor(
+        semantic_compressor.PRESETS["released"]))
+    a, b, c = (to_official(net.state_dict()) for net in nets)
+    assert any("in_proj_weight" in name for name in b) and not any(".to_q." in name for name in b)
+    torch.save({"state_dict": a}, tmp_path / "vqgan_f4_v1_500k.pt")
+    torch.save({"state_dict": b, "effnet_state_dict": compressor.state_dict()},
+               tmp_path / "model_v2_stage_b.pt")
+    torch.save({"ema_state_dict": c}, tmp_path / "model_v2_stage_c.pt")
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for name, short in (("wuerstchen", "clip-h"), ("wuerstchen-prior", "clip-bigg")):
+        (clip / short).symlink_to(folder / name / "text_encoder")
+    again = sample.load_chain(**sample.find(tmp_path), clip=clip)
+    job = (PROMPTS[0], 7, 128, 128, 2, 2)
+    for found, expected in zip(ours(again, *job), ours(chain, *job)):
+        assert_close(found, expected)
+    images = torch.rand(1, 3, 96, 96)
+    assert_close(again.compressor(images), compressor.eval()(images))
+    assert again.scale == (-1.0, 42.0)
+
+
+def test_published_command_line(published, tmp_path):
+    """sample.py --weights DIR writes a PNG from published weights; without network it says how."""
+    folder, _ = published
+    out = tmp_path / "one.png"
+    command("sample.py", PROMPTS[0], "--weights", folder, "--size", "384x256", "--steps-c",
+            "released", "--steps-b", 2, "--out", out)
+    assert Image.open(out).size == (384, 256)
+    done = command("sample.py", "x", "--weights", "released", check=False, env={
+        **os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "empty")})
+    assert done.returncode == 1 and "DIR/wuerstchen-prior" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def test_wrong_published_files(published, tmp_path):
+    """A folder of another class, a missing file and weights of another size: one sentence each."""
+    import shutil
+    folder, _ = published
+    with pytest.raises(run.CheckpointError, match="found a WuerstchenPrior, expected PaellaVQ"):
+        stage_a.load(folder / "wuerstchen-prior/prior")
+    with pytest.raises(run.CheckpointError, match="config.json and"):
+        stage_b.load(tmp_path)
+    shutil.copytree(folder / "wuerstchen-prior/prior", tmp_path / "prior")
+    path = tmp_path / "prior/config.json"
+    path.write_text(path.read_text().replace('"c": 32', '"c": 64'))
+    with pytest.raises(run.CheckpointError, match="does not hold the weights of StageC: size mis"):
+        stage_c.load(tmp_path / "prior")
+
+
+def test_export_and_back(published, tmp_path):
+    """Stages trained here run in diffusers after --export, and load here again, unchanged."""
+    from diffusers.pipelines.deprecated.wuerstchen import (PaellaVQModel, WuerstchenDiffNeXt,
+                                                           WuerstchenPrior)
+    folder, networks = published
+    chain = sample.load_chain(**sample.find(folder))
+    scale = dict(latent_mean=0.7, latent_std=2.5)
+    chain.a = shake(stage_a.StageA(replace(chain.a.config, **scale)), 0.2).eval()
+    chain.compressor = shake(semantic_compressor.SemanticCompressor(
+        replace(semantic_compressor.PRESETS["paper"], latent_mean=0.3, latent_std=1.5))).eval()
+    chain.scale = (0.3, 1.5)
+    sample.export(chain, tmp_path / "out")
+    out = tmp_path / "out"
+    index = json.loads((out / "wuerstchen-prior/model_index.json").read_text())
+    theirs = dict(networks, vqgan=PaellaVQModel.from_pretrained(out / "wuerstchen/vqgan"),
+                  decoder=WuerstchenDiffNeXt.from_pretrained(out / "wuerstchen/decoder"),
+                  prior=WuerstchenPrior.from_pretrained(out / "wuerstchen-prior/prior"),
+                  latent_mean=index["latent_mean"], latent_std=index["latent_std"])
+    for name in ("vqgan", "decoder", "prior"):
+        theirs[name].eval()
+    for name in ("wuerstchen", "wuerstchen-prior"):
+        (out / name / "text_encoder").symlink_to(folder / name / "text_encoder")
+    again = sample.load_chain(**sample.find(out))
+    job = (PROMPTS[0], 7, 128, 128, torch.linspace(1, 0, 4).tolist(), 2)
+    expected = ours(chain, *job)
+    for found in (reference(theirs, *job), ours(again, *job)):
+        for one, other in zip(found, expected):
+            assert worst(one, other) < 1e-4
+    images, pixels = torch.rand(1, 3, 64, 64), torch.rand(1, 3, 96, 96)
+    assert_close(again.a.decode(again.a.encode(images)), chain.a.decode(chain.a.encode(images)),
+                 rtol=1e-4, atol=1e-4)
+    assert torch.equal(again.a.quantize(again.a.encode(images))[1],
+                       chain.a.quantize(chain.a.encode(images))[1])
+    assert_close(again.compressor.standardise(again.compressor(pixels)),
+                 chain.compressor.standardise(chain.compressor(pixels)))
+    chain.b = stage_b.StageB(TINY_B)
+    with pytest.raises(run.ConfigError, match="--preset released"):
+        sample.export(chain, tmp_path / "no")
 
 
 # ---- the built-in drawings -----------------------------------------------------------------------
