@@ -291,7 +291,7 @@ def test_stage_b_weight():
 
 @pytest.mark.parametrize("module", [stage_b, stage_c])
 def test_schedule(module):
-    """alpha_bar falls from .9999 to .0001 (flat where clamped); noised variance is 1; draw_t fits."""
+    """alpha_bar falls from .9999 to .0001, flat where clamped; noised variance is 1; draw_t fits."""
     t = torch.linspace(0, 1, 1001)
     a = module.alpha_bar(t)
     assert a[0] == pytest.approx(0.9999) and a[-1] == pytest.approx(1e-4)
@@ -895,8 +895,8 @@ def test_recipe_at_pocket_size(chain, drawings, tmp_path):
     assert "CPU process-hours" in done.stdout
     done = command(*c, "--init-from", tmp_path / "c3/checkpoint.pt", "--out", tmp_path / "c4",
                    "--min-size", 128, "--checkpoint-activations")
-    command("stage_c.py", "--interpolate", f"{tmp_path}/c3/checkpoint.pt,{tmp_path}/c4/checkpoint.pt",
-            "--out", tmp_path / "stage_c")
+    runs = ",".join(str(tmp_path / name / "checkpoint.pt") for name in ("c3", "c4"))
+    command("stage_c.py", "--interpolate", runs, "--out", tmp_path / "stage_c")
     one, two, middle = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["ema"]
                         for name in ("c3", "c4", "stage_c"))
     for name, value in middle.items():
@@ -922,7 +922,7 @@ def test_init_from_is_not_resuming(chain, drawings, tmp_path):
 
 
 def test_one_ratio_for_each_batch(shards):
-    """Of several crops each batch has one; all are drawn about equally often, and the same again."""
+    """Of several crops each batch has one; all are drawn equally often, and the same ones again."""
     sizes = [(24, 40), (40, 24), (24, 24)]
     dataset = data.CaptionedImages(shards, resize=24, crop=sizes, seed=3)
     shapes_ = [tuple(batch["images"].shape[2:]) for batch in take(data.stream(dataset, 3), 150)]
@@ -949,7 +949,7 @@ def test_checkpointed_activations(module, config):
 
 
 def test_filters(tmp_path):
-    """Filters keep a sample on the bound; a missing or null field counts only if it was asked for."""
+    """Filters keep what is on the bound; a missing or null field counts only if it was asked for."""
     def meta(**fields):
         return {"original_width": 600, "original_height": 512, **fields}
     facts = [meta(aesthetic=6.0), meta(AESTHETIC_SCORE=5.0, pwatermark=0.9), meta(aesthetic=4.9),
