@@ -1862,6 +1862,33 @@ def test_export_and_back(published, tmp_path):
         sample.export(chain, tmp_path / "no")
 
 
+def test_released_architecture_trains_and_leaves(published, chain, drawings, tmp_path):
+    """Trained here as `released` with CLIP text, exported, sampled from the export: one picture."""
+    folder, _ = published
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for name, short in (("wuerstchen", "clip-h"), ("wuerstchen-prior", "clip-bigg")):
+        (clip / short).symlink_to(folder / name / "text_encoder")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "stage_a").symlink_to(chain / "stage_a")
+    a, b = runs / "stage_a/checkpoint.pt", runs / "stage_b/checkpoint.pt"
+    stage_b.train(replace(TINY_B, attend_to_sem=False, condition="raw", text_encoder="clip-h",
+                          text_width=32), drawings, runs / "stage_b", a, clip)
+    stage_c.train(replace(TINY_C, text_encoder="clip-bigg", text_width=48), drawings,
+                  runs / "stage_c", a, b, clip)
+    quick = ["a red star", "--steps-c", "2", "--steps-b", "2", "--size", "128x128"]
+    sample.main([*quick, "--weights", str(runs), "--clip", str(clip), "--out",
+                 str(tmp_path / "one.png")])
+    sample.main(["--export", str(tmp_path / "out"), "--weights", str(runs), "--clip", str(clip)])
+    for name in ("wuerstchen", "wuerstchen-prior"):
+        (tmp_path / "out" / name / "text_encoder").symlink_to(folder / name / "text_encoder")
+    sample.main([*quick, "--weights", str(tmp_path / "out"), "--out", str(tmp_path / "two.png")])
+    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int)
+                for name in ("one.png", "two.png"))
+    assert one.std() > 5 and np.abs(one - two).max() <= 1
+
+
 # ---- the built-in drawings -----------------------------------------------------------------------
 
 def things(scene):
