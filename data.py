@@ -34,6 +34,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -127,6 +128,8 @@ def scan_tar(path):
                 problems.append(("cut off", f"{path}: {member.name} goes on after the end"))
             elif member.isreg():
                 members.append((member.name, member.offset_data, member.size))
+            elif not member.isdir():
+                problems.append(("link or device", f"{path}: {member.name}"))
         _report_gap(handle, end, size, path, problems)
     if size < end + 512 and not any(reason == "cut off" for reason, _ in problems):
         problems.append(("no end mark", f"{path}: more samples may have been meant to follow"))
@@ -239,6 +242,11 @@ def list_pictures(folder):
                     continue
                 # The line itself is the sample's json, and its "text" the caption.
                 rows.append((os.path.splitext(name)[0], image, span, span))
+        listed = set(map(os.path.normpath, whole))
+        problems += [("not in metadata.jsonl", path) for path in sorted(
+            os.path.normpath(os.path.join(where, name))
+            for where, _, names in os.walk(folder) for name in names
+            if os.path.splitext(name)[1][1:].lower() in FOLDER_SUFFIXES) if path not in listed]
         return files, rows, problems
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -263,7 +271,7 @@ def decode(data, resize=None):
             image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise BadSample(f"too many pixels: {image.width} x {image.height}")
-        if resize is not None and image.format == "JPEG":
+        if resize is not None and image.format in ("JPEG", "MPO"):        # MPO: many phones
             # 1/2, 1/4 or 1/8 while still twice the final size, so that no sharpness is lost
             ratio = 2 * resize / min(image.size)
             image.draft("RGB", (int(image.width * ratio), int(image.height * ratio)))
@@ -331,7 +339,8 @@ def rejected(meta, filters):
             values = [meta.get("original_width"), meta.get("original_height")]
         else:
             values = [value for value in map(meta.get, FIELDS[field]) if value is not None][:1]
-        if not values or not all(isinstance(value, (int, float)) for value in values):
+        if not values or not all(isinstance(value, (int, float)) and math.isfinite(value)
+                                 for value in values):
             return f"no {field}"
         if min(values) < bound if kind == "min" else max(values) > bound:
             return f"{field} {'below' if kind == 'min' else 'above'} {bound}"
@@ -376,6 +385,8 @@ class CaptionedImages(Dataset):
             if not tars:
                 files, rows, self.problems = list_pictures(source)
                 return files, rows
+            deeper = sorted(glob.glob(os.path.join(glob.escape(source), "*", "*.tar")))
+            self.problems += [("tar in a sub-folder", path) for path in deeper]
         elif os.path.exists(source):
             tars = [source]
         else:
@@ -388,7 +399,7 @@ class CaptionedImages(Dataset):
                 self.problems.append(("missing shard", path))
                 continue
             samples, problems = index_tar(path, self.suffixes)
-            self.problems += problems
+            self.problems += problems if samples or problems else [("no samples", path)]
             if samples:
                 number = len(files)
                 files.append(path)
@@ -1078,7 +1089,7 @@ def pack(folder, out, per_shard=1000):
     print(dataset.describe())
     part = f"{os.path.normpath(out)}.part"  # takes the final name only when all is written
     os.makedirs(part, exist_ok=True)
-    for old in glob.glob(os.path.join(glob.escape(part), "*")):
+    for old in glob.glob(os.path.join(glob.escape(part), "*.tar*")):
         os.remove(old)
     failures, shard, written = Failures(dataset), [], 0
     for index in tqdm(range(len(dataset)), desc="pack", unit="img"):
@@ -1090,7 +1101,7 @@ def pack(folder, out, per_shard=1000):
             failures.note({"keys": [], "failed": [(dataset.key(index), str(error))]})
             continue
         failures.note({"keys": [dataset.key(index)], "failed": []})
-        suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(
+        suffix = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}.get(
             Image.open(io.BytesIO(data)).format)
         if suffix is None:
             png = io.BytesIO()

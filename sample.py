@@ -9,10 +9,10 @@
     python sample.py --reconstruct photo.png            what Stage A alone loses, and what B loses
     python sample.py "a photo of a fox" --weights released --size 1024x1024      Würstchen v2
 
-The weights are a folder with stage_a/, stage_b/ and stage_c/, each with a checkpoint.pt, as the
-training commands leave it (`--weights runs/pocket`); or published ones (see `find`). Prompt,
-seed and settings are written into the PNG's metadata. Picture i of a seed is the same whatever is
-drawn beside it.
+The weights are those in pocket/, small ones for the drawings of pocket/shapes.py; or a folder with
+stage_a/, stage_b/ and stage_c/, each with a checkpoint.pt, as the training commands leave it
+(`--weights runs/pocket`); or published ones (see `find`). Prompt, seed and settings are written
+into the PNG's metadata. Picture i of a seed is the same whatever is drawn beside it.
 """
 
 import argparse
@@ -37,12 +37,17 @@ from plumbing import run
 
 # ---- weights -------------------------------------------------------------------------------------
 
+DIFFUSERS = dict(a="wuerstchen/vqgan", b="wuerstchen/decoder", c="wuerstchen-prior/prior",
+                 compressor="EfficientNetEncoder", text_b="wuerstchen/text_encoder",
+                 text_c="wuerstchen-prior/text_encoder")                  # warp-ai, on the hub
+POCKET = {part: run.POCKET / f"stage_{stage}.safetensors"                 # in this repository
+          for part, stage in dict(a="a", b="b", c="c", compressor="b").items()}
 LAYOUTS = (      # of a folder of weights; the compressor and the text encoders may be missing
     dict(a="stage_a/checkpoint.pt", b="stage_b/checkpoint.pt", c="stage_c/checkpoint.pt",
          compressor="stage_b/checkpoint.pt"),                             # what training leaves
-    dict(a="wuerstchen/vqgan", b="wuerstchen/decoder", c="wuerstchen-prior/prior",
-         compressor="EfficientNetEncoder", text_b="wuerstchen/text_encoder",
-         text_c="wuerstchen-prior/text_encoder"),                         # diffusers (warp-ai)
+    dict(POCKET, c="stage_c/checkpoint.pt"),                              # Stage C trained alone
+    {part: path.name for part, path in POCKET.items()},
+    DIFFUSERS,
     dict(a="vqgan_f4_v1_500k.pt", b="model_v2_stage_b.pt", compressor="model_v2_stage_b.pt",
          c="model_v2_stage_c_finetune_interpolation.pt"),                 # official (dome272)
     dict(a="vqgan_f4_v1_500k.pt", b="model_v2_stage_b.pt", compressor="model_v2_stage_b.pt",
@@ -53,7 +58,8 @@ def find(folder, needed="abc"):
     """A folder of weights -> where its parts are: {"a": path, "b": …, "c": …, …}."""
     for layout in LAYOUTS:
         paths = {part: Path(folder) / name for part, name in layout.items()}
-        if all(paths[part].exists() for part in needed):
+        found = all(paths[part].exists() for part in needed)
+        if found and any(Path(folder) in path.parents for path in paths.values() if path.exists()):
             return {part: path for part, path in paths.items()
                     if path.exists() and (part != "c" or "c" in needed)}
     raise run.CheckpointError(
@@ -85,7 +91,7 @@ def download():
                     "DIR/wuerstchen, prior/, text_encoder/ and tokenizer/ of "
                     "warp-ai/wuerstchen-prior into DIR/wuerstchen-prior and give --weights DIR"
                 ) from None
-    parts = {part: name.split("/") for part, name in LAYOUTS[1].items() if "/" in name}
+    parts = {part: name.split("/") for part, name in DIFFUSERS.items() if "/" in name}
     return {part: Path(roots[repository]) / folder for part, (repository, folder) in parts.items()}
 
 
@@ -194,20 +200,20 @@ def decode(latents, captions, a, b, clip=None):
 # ---- two pictures that explain -------------------------------------------------------------------
 
 @torch.no_grad()
-def picture_of_the_way(chain, prompt, seed, height, width, settings):
+def picture_of_steps(chain, prompt, seed, height, width, settings):
     """C's latent on its way (three channels), B's (decoded by A); and the final picture."""
-    on_the_way_c, on_the_way_b = [], []
+    history_c, history_b = [], []
     latents = draw_latents(chain, [prompt], [seed], height, width, settings.steps_c,
-                           settings.guidance_c, settings.negative, on_the_way_c)
+                           settings.guidance_c, settings.negative, history_c)
     image = draw_images(chain, latents, [prompt], [seed], settings.steps_b, settings.guidance_b,
-                        settings.start, settings.negative, on_the_way_b)
+                        settings.start, settings.negative, history_b)
 
     def spread(steps, count):
         return [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)]
 
     big = torch.nn.functional.interpolate
-    row_c = [big(run.latent_picture(x), (height, width))[0] for x in spread(on_the_way_c, 5)]
-    row_b = [chain.a.decode(chain.a.unstandardise(x))[0] for x in spread(on_the_way_b, 5)]
+    row_c = [big(run.latent_picture(x), (height, width))[0] for x in spread(history_c, 5)]
+    row_b = [chain.a.decode(chain.a.unstandardise(x))[0] for x in spread(history_b, 5)]
     shares = ("the first step", "1/4", "1/2", "3/4", "all steps")
     names = [f"Stage {stage} after {share}" for stage in "CB" for share in shares]
     return run.grid(row_c + row_b, 5, names), image
@@ -294,20 +300,26 @@ def read_size(text):
     return width, height
 
 
+def count_or_released(text):
+    """A number of steps, or the word `released`."""
+    return text if text == "released" else int(text)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="*", help="one or more prompts")
     parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
     parser.add_argument("--out", default="sample.png")
-    parser.add_argument("--weights", default="runs/pocket",
-                        help="a folder (runs/pocket), or `released`: downloads the published ones")
+    parser.add_argument("--weights", default=run.POCKET,
+                        help="a folder, as runs/pocket (default: those of this repository, in "
+                             "pocket/), or `released`: downloads the published ones")
     parser.add_argument("--clip", metavar="PATH", help="local weights of the CLIP text encoder, or "
                         "a folder with those of both as clip-h… and clip-bigg…")
     parser.add_argument("--n", type=int, default=1, help="pictures per prompt (1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (0)")
     parser.add_argument("--size", type=read_size, metavar="WxH", help="default: as in training")
-    parser.add_argument("--steps-c", type=lambda x: x if x == "released" else int(x), default=60,
+    parser.add_argument("--steps-c", type=count_or_released, default=60,
                         metavar="N", help="Stage C steps (60: §4), or `released`: diffusers' 29")
     parser.add_argument("--steps-b", type=int, default=12, help="Stage B steps (12: §4)")
     parser.add_argument("--guidance-c", type=float, default=4.0, help="1 conditional, 0 not (4)")
@@ -317,7 +329,7 @@ def main(argv=None):
                              "noise (default of released weights)")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="to be led away from")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--stages", action="store_true", help="draw the way of one picture instead")
+    parser.add_argument("--stages", action="store_true", help="show the steps to one picture")
     parser.add_argument("--reconstruct", metavar="IMAGE", help="what each stage loses of an image")
     parser.add_argument("--export", metavar="DIR", help="write the weights as diffusers reads them")
     settings = parser.parse_args(argv)
@@ -357,7 +369,8 @@ def main(argv=None):
 
     about = dict(seed=settings.seed, steps_c=settings.steps_c, steps_b=settings.steps_b,
                  guidance_c=settings.guidance_c, guidance_b=settings.guidance_b,
-                 start=settings.start, negative=settings.negative, weights=settings.weights)
+                 start=settings.start, negative=settings.negative,
+                 weights="pocket" if settings.weights == run.POCKET else settings.weights)
     if settings.reconstruct:
         sheet, loss = reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)
         print(f"Stage A alone {loss[0]:.1f} dB; compressor, B and A {loss[1]:.1f} dB")
@@ -365,7 +378,7 @@ def main(argv=None):
         return
     width, height = settings.size or (chain.c.config.image_size,) * 2
     if settings.stages:
-        sheet, _ = picture_of_the_way(chain, prompts[0], settings.seed, height, width, settings)
+        sheet, _ = picture_of_steps(chain, prompts[0], settings.seed, height, width, settings)
         save(sheet, settings.out, dict(about, size=f"{width}x{height}", prompts=prompts[:1]))
         return
     jobs = [(prompt, settings.seed + i) for i, prompt in enumerate(

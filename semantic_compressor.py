@@ -19,7 +19,7 @@ Attribute names (`backbone`, `mapper`) are those of the published weights (dome2
 There is no training loop here: `python stage_b.py` trains this network together with Stage B.
 While Stage C trains it is frozen, so its latents can be computed once and kept:
 
-    python semantic_compressor.py --data shards/ --weights runs/paper/stage_b-2/checkpoint.pt \
+    python semantic_compressor.py --data shards/ --weights runs/paper/stage_b/checkpoint.pt \
         --image-size 1024 --out latents/
     python stage_c.py --data latents/ --preset paper-2 …
 """
@@ -43,9 +43,9 @@ class Config:
     backbone: str = "efficientnet_v2_s"   # paper, §3.4; "narrow" is the pocket one
     imagenet: bool = True                 # paper, §3.1: its weights, when training starts
     latent_channels: int = 16             # paper, §3.1
-    # departs: no scale and shift in the last BatchNorm. The compressor is trained jointly with a
-    # Stage B that sees noise of fixed size on its latents; with them it could grow its latents
-    # until that noise is nothing, and Stage C would inherit a space of no scale. (Released: True.)
+    # departs: no scale and shift in the last BatchNorm (released: True). Stage B's noise on the
+    # latents has a fixed size; so every channel stays at unit variance and none can grow away from
+    # that noise, or be drowned in it.
     affine: bool = False
     # scale of the latents, standardised = (raw - mean) / std: measured when a checkpoint is written
     latent_mean: float = 0.0
@@ -247,24 +247,25 @@ def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_s
         for number, first in enumerate(range(0, len(dataset), per_shard)):
             path = os.path.join(out, f"{number:05d}.tar")
             indices = range(first, min(first + per_shard, len(dataset)))
+            if os.path.exists(path):
+                bar.update(len(indices))
+                continue
             samples = []
-            for _, batch in () if os.path.exists(path) else data.once(
-                    dataset, indices, batch_size, workers):
+            for _, batch in data.once(dataset, indices, batch_size, workers):
                 failures.note(batch)
-                if batch["keys"]:
-                    latents = compressor(resize(batch["images"].to(device)))      # (B, 16, h, w)
-                    latents = compressor.standardise(latents).half().cpu().numpy()
-                for index, latent in zip(batch["indices"], latents if batch["keys"] else ()):
+                bar.update(len(batch["keys"]) + len(batch["failed"]))
+                if not batch["keys"]:
+                    continue
+                latents = compressor(resize(batch["images"].to(device)))          # (B, 16, h, w)
+                latents = compressor.standardise(latents).half().cpu().numpy()
+                for index, latent in zip(batch["indices"], latents):
                     array, meta = io.BytesIO(), dataset.meta(index)
                     np.save(array, latent)
                     samples.append((f"{number:05d}{len(samples):04d}", {
                         "npy": array.getvalue(), "txt": dataset.caption(index).encode(),
                         "json": json.dumps({**meta, "source": dataset.key(index)}).encode()}))
-                bar.update(len(batch["keys"]) + len(batch["failed"]))
             if samples:
                 data.write_tar(path, samples)
-            elif os.path.exists(path):
-                bar.update(len(indices))
     print(f"{out}: latents of {len(dataset) - sum(failures.counts.values()):,} images at "
           f"{image_size} px; train on them with: python stage_c.py --data {out} …")
 

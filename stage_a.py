@@ -39,8 +39,9 @@ import torch.nn.functional as F
 @dataclass(frozen=True)
 class Config:
     # architecture
-    widths: tuple = (192, 384)         # official code. departs: E.1's "all 384" fits no count
-    decoder_blocks: int = 16           # paper, E.1 (released: 12)
+    widths: tuple = (192, 384)         # official code. departs: with E.1's "all 384" neither
+                                       # published number of parameters comes out
+    decoder_blocks: int = 16           # paper, E.1: 23.1 M (its "18M" is `released`, with 12)
     latent_channels: int = 4           # paper, E.1
     codebook_size: int = 8192          # paper, §3.1
     # scale of the latents, standardised = (raw - mean) / std: measured when a checkpoint is written
@@ -128,12 +129,13 @@ class VectorQuantizer(nn.Module):
         """(B, C, h, w) -> quantised (B, C, h, w), indices (B, h, w) int64, loss (scalar)."""
         x = latents.permute(0, 2, 3, 1)                                   # (B, h, w, C)
         codes = self.embedding.weight
-        # The nearest code by |e|^2 - 2 x.e, which is |x - e|^2 without |x|^2; in float32 even under
-        # autocast (bf16 picks another code for one vector in seven), 32,768 vectors at a time.
+        # The nearest code, 32,768 vectors at a time. In float32 and without a matrix product, even
+        # under autocast: distances from bf16 pick another code for one vector in seven.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             indices = torch.cat([
-                (codes.square().sum(1) - 2 * rows.float() @ codes.T).argmin(1)    # (n, K) -> (n,)
-                for rows in x.flatten(0, 2).split(32_768)]).view(x.shape[:3])     # (B, h, w)
+                torch.cdist(rows.float(), codes, compute_mode="donot_use_mm_for_euclid_dist")
+                .argmin(1) for rows in x.flatten(0, 2).split(32_768)])    # (n, K) -> (n,)
+            indices = indices.view(x.shape[:3])                           # (B, h, w)
         quantised = self.embedding(indices).permute(0, 3, 1, 2)           # (B, C, h, w)
         # The first term moves codes towards latents, the second latents towards codes.
         vq_loss = (F.mse_loss(quantised, latents.detach())
@@ -203,50 +205,6 @@ class StageA(nn.Module):
             for i in range(shape[0])])
         codes = self.vquantizer.embedding(indices.to(self.vquantizer.embedding.weight.device))
         return self.standardise(codes.permute(0, 3, 1, 2))                # (B, 4, h, w)
-
-
-def load(path, device="cpu"):
-    """Rebuild a trained StageA, in eval mode, from a checkpoint: ours,
-    a folder that diffusers wrote (PaellaVQModel) or an official .pt file.
-    """
-    from plumbing import run
-    return run.rebuild(path, "A", StageA, config_of, device, "model")
-
-
-def config_of(state):
-    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
-    if "diffusers" in state:
-        return from_diffusers(state["diffusers"])
-    return Config(**state["config"]) if "config" in state else PRESETS["released"]
-
-
-def from_diffusers(config):
-    """config.json of a PaellaVQModel -> Config. What it does not say is as in `released`."""
-    if config.get("levels", 2) != 2 or config.get("up_down_scale_factor", 2) != 2:
-        raise ValueError("expected 2 levels and an up_down_scale_factor of 2")
-    return replace(PRESETS["released"], widths=(config["embed_dim"] // 2, config["embed_dim"]),
-                   decoder_blocks=config["bottleneck_blocks"],
-                   latent_channels=config["latent_channels"],
-                   codebook_size=config["num_vq_embeddings"], latent_std=config["scale_factor"])
-
-
-def to_diffusers(model):
-    """A StageA -> (config.json, tensors) of a PaellaVQModel, which knows a scale but no mean.
-
-    So the mean of the latents moves into the weights on both sides of them: into the bias of the
-    last norm before and of the convolution after them, and out of the codes.
-    """
-    config, tensors = model.config, dict(model.state_dict())
-    if 2 * config.widths[0] != config.widths[1]:
-        raise ValueError(f"diffusers has no Stage A of widths {config.widths}, only (c, 2 c)")
-    first = tensors["up_blocks.0.0.weight"].sum((1, 2, 3))                # (c1,)
-    tensors["up_blocks.0.0.bias"] = tensors["up_blocks.0.0.bias"] + first * config.latent_mean
-    for name in ("down_blocks.3.1.bias", "vquantizer.embedding.weight"):
-        tensors[name] = tensors[name] - config.latent_mean
-    return {"_class_name": "PaellaVQModel", "in_channels": 3, "out_channels": 3, "levels": 2,
-            "up_down_scale_factor": 2, "bottleneck_blocks": config.decoder_blocks,
-            "embed_dim": config.widths[1], "latent_channels": config.latent_channels,
-            "num_vq_embeddings": config.codebook_size, "scale_factor": config.latent_std}, tensors
 
 
 # ---- the two networks that only judge ------------------------------------------------------------
@@ -475,10 +433,6 @@ def train(config, source, out):
             log.write(done, loss=value.item(), mse=record["mse"].item(), grad=grad.item(), lr=lr,
                       psnr=run.psnr(record["decoded"], images), codes_used=code_use.item(),
                       skipped=guard.skipped)
-        # preview
-        if rank == 0 and (done % config.preview_every == 0 or last):
-            preview(model, fixed[:8], out / f"preview_{done:07d}.png")
-            log.pause()
         # checkpoint
         if rank == 0 and (done % config.save_every == 0 or last):
             mean, std = latent_scale(model, fixed)
@@ -487,6 +441,10 @@ def train(config, source, out):
                 step=done, position=position, model=model.state_dict(), used=used,
                 discriminator=discriminator.state_dict(), optimizer=optimizer.state_dict(),
                 optimizer_d=optimizer_d.state_dict(), random=run.random_state(device), **given))
+            log.pause()
+        # preview
+        if rank == 0 and (done % config.preview_every == 0 or last):
+            preview(model, fixed[:8], out / f"preview_{done:07d}.png")
             log.pause()
         if last:
             break
@@ -504,12 +462,55 @@ def preview(model, images, path):
     run.grid(torch.cat(rows).float().cpu(), columns=len(images), scale=2).save(path)
 
 
+# ---- checkpoints: ours, diffusers' and the official ones -----------------------------------------
+
+def load(path, device="cpu"):
+    """Rebuild a trained StageA, in eval mode, from a checkpoint: ours,
+    a folder that diffusers wrote (PaellaVQModel) or an official .pt file.
+    """
+    from plumbing import run
+    return run.rebuild(path, "A", StageA, config_of, device, "model")
+
+
+def config_of(state):
+    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
+    if "diffusers" in state:
+        return from_diffusers(state["diffusers"])
+    return Config(**state["config"]) if "config" in state else PRESETS["released"]
+
+
+def from_diffusers(config):
+    """config.json of a PaellaVQModel -> Config. What it does not say is as in `released`."""
+    if config.get("levels", 2) != 2 or config.get("up_down_scale_factor", 2) != 2:
+        raise ValueError("expected 2 levels and an up_down_scale_factor of 2")
+    return replace(PRESETS["released"], widths=(config["embed_dim"] // 2, config["embed_dim"]),
+                   decoder_blocks=config["bottleneck_blocks"],
+                   latent_channels=config["latent_channels"],
+                   codebook_size=config["num_vq_embeddings"], latent_std=config["scale_factor"])
+
+
+def to_diffusers(model):
+    """A StageA -> (config.json, tensors) of a PaellaVQModel, which knows a scale but no mean.
+
+    So the mean of the latents moves into the weights on both sides of them: into the bias of the
+    last norm before and of the convolution after them, and out of the codes.
+    """
+    config, tensors = model.config, dict(model.state_dict())
+    if 2 * config.widths[0] != config.widths[1]:
+        raise ValueError(f"diffusers has no Stage A of widths {config.widths}, only (c, 2 c)")
+    first = tensors["up_blocks.0.0.weight"].sum((1, 2, 3))                # (c1,)
+    tensors["up_blocks.0.0.bias"] = tensors["up_blocks.0.0.bias"] + first * config.latent_mean
+    for name in ("down_blocks.3.1.bias", "vquantizer.embedding.weight"):
+        tensors[name] = tensors[name] - config.latent_mean
+    return {"_class_name": "PaellaVQModel", "in_channels": 3, "out_channels": 3, "levels": 2,
+            "up_down_scale_factor": 2, "bottleneck_blocks": config.decoder_blocks,
+            "embed_dim": config.widths[1], "latent_channels": config.latent_channels,
+            "num_vq_embeddings": config.codebook_size, "scale_factor": config.latent_std}, tensors
+
+
 if __name__ == "__main__":
     from plumbing import run
     config, args = run.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
         out=(None, "folder of this run (default runs/PRESET/stage_a)"))
-    if args.data is None:
-        sys.exit("--data is missing: a folder of tar shards, for example from "
-                 "`python data.py shapes --out shards/shapes`")
-    run.start(train, config, args.data, args.out or f"runs/{args.preset}/stage_a")
+    run.start(train, config, run.source(args), args.out or f"runs/{args.preset}/stage_a")

@@ -9,12 +9,13 @@ whatever helps Stage B most.
     eps_hat = f(x_t, t, sem, text)                                   §3.1
     loss = |eps - eps_hat|^2                                         LDM training, §3.1
 
-    x_t (B, 4, H, W) --unshuffle--> (B, c0, H/2, W/2) --4 levels down, 4 up--> eps_hat (B, 4, H, W)
+    x_t (B, 4, H, W) --unshuffle--> (B, c_0, H/2, W/2) --4 levels down, 4 up--> eps_hat (B, 4, H, W)
     sem (B, 16, h, w) concatenated in every block of the levels with attention, and attended to
     text (B, L, E)    attended to
 
 Letters: B batch, C c channels, H W Stage A's grid (256x256 for a 1024-px image), h w the
-compressor's grid (24x24), L text tokens, E width of the text encoder, t noise level in [0, 1].
+compressor's grid (24x24), L text tokens, E width of the text encoder, cond the width that text and
+sem are mapped to, H_i W_i and c_i grid and width of level i, t noise level in [0, 1].
 Architecture and attribute names follow the published v2 decoder (dome272/Wuerstchen, modules.py,
 DiffNeXt). Its training was never published; the training here follows the paper.
 
@@ -27,7 +28,6 @@ below .05 within 100 steps. Colours are right in the preview long before outline
 
 import copy
 import math
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Config:
     widths: tuple = (320, 640, 1280, 1280)   # paper, E.2
     heads: tuple = (0, 10, 20, 20)     # paper, E.2; 0: a level without attention and without sem
     blocks: tuple = (4, 4, 14, 4)      # paper, E.2
-    patch_size: int = 2                # official code
+    patch_size: int = 2                # official code; departs: E.2 has a 2x2 convolution there
     text_width: int = 1024             # paper, E.2: CLIP-H
     cond_width: int = 1024             # official code: width that text and sem are mapped to
     timestep_width: int = 64           # official code
@@ -55,7 +55,7 @@ class Config:
     attend_to_sem: bool = True         # paper, §3.1, E.2 (released: False, concatenation alone)
     condition: str = "standardised"    # ours: scale of sem (released: "raw")
     # loss
-    weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 20
+    weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 600
     # conditions while training: shares of all samples; noise for a share of the rest
     drop_both: float = 0.05            # ours: §3.1 gives no numbers
     drop_text: float = 0.05            # ours: as Stage C's, §3.2
@@ -97,9 +97,9 @@ PRESETS = {
     "released": Config(attend_to_sem=False, condition="raw", compressor="released"),   # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(64, 96, 160), heads=(0, 3, 5), blocks=(2, 2, 2), text_width=128, cond_width=64,
-        dropout=0.0, weight_cap=20.0, text_encoder="pocket", compressor="pocket", image_size=128,
-        remember=True, accumulate=1, steps=8000, batch_size=32, lr=1e-3, warmup=100,
-        cooldown=2500, workers=1, log_every=20, preview_every=250, save_every=100),
+        dropout=0.0, weight_cap=600.0, text_encoder="pocket", compressor="pocket", image_size=128,
+        remember=True, accumulate=1, steps=5000, batch_size=32, lr=1e-3, warmup=100,
+        cooldown=1700, workers=1, log_every=20, preview_every=250, save_every=100),
 }
 
 
@@ -109,7 +109,7 @@ def alpha_bar(t):
     """Signal power left at noise level t: the cosine schedule (Nichol & Dhariwal, 2021), §3.2.
 
     t: float tensor in [0, 1] of any shape. Clamped to [1e-4, 0.9999] (official code), so that
-    neither pure signal nor pure noise is ever divided by.
+    neither alpha_bar nor 1 - alpha_bar, by which the sampler divides, is ever 0.
     """
     s = 0.008                                                             # official code
     ratio = torch.cos((t + s) / (1 + s) * math.pi / 2) / math.cos(s / (1 + s) * math.pi / 2)
@@ -128,8 +128,8 @@ def draw_t(n, device="cpu"):
 
 def diffuse(x_0, t, noise):
     """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (§3.2). t: (B,)."""
-    a = alpha_bar(t).view(-1, 1, 1, 1)
-    return a.sqrt() * x_0 + (1 - a).sqrt() * noise
+    a_bar = alpha_bar(t).view(-1, 1, 1, 1)
+    return a_bar.sqrt() * x_0 + (1 - a_bar).sqrt() * noise
 
 
 def randn(shape, generator=None, device="cpu"):
@@ -169,7 +169,10 @@ class GlobalResponseNorm(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Scale and shift every channel by the noise level. The identity at init."""
+    """Scale and shift every channel by the noise level. The identity at init.
+
+    departs: as in the official code; §3.2 mentions cross-attention for the time, too.
+    """
 
     def __init__(self, c, c_timestep):
         super().__init__()
@@ -232,9 +235,10 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Each position attends to all positions of its level, the text and the compressor's latents.
 
-    One joint attention (official code). Unlike Stage C's, the flattened compressor latents are
-    projected "to the same dimension in each block" and concatenated to the keys (§3.1); the
-    released model has no such projection (sem_channels = 0 here).
+    departs: one joint attention (official code), where the paper has cross-attention. Unlike in
+    Stage C, the flattened compressor latents are projected "to the same dimension in each block"
+    and concatenated to the keys (§3.1); the released model has no such projection (sem_channels =
+    0 here).
     """
 
     def __init__(self, c, heads, cond_width, sem_channels, dropout):
@@ -318,7 +322,7 @@ class StageB(nn.Module):
                 block.channelwise[-1].weight.data *= (1 / sum(self.config.blocks)) ** 0.5
             if isinstance(block, TimestepBlock):
                 nn.init.zeros_(block.mapper.weight)
-            if isinstance(block, AttnBlock):       # q, k, v are one (3c, c) matrix there
+            if isinstance(block, AttnBlock):       # there q, k, v are one (3c, c) matrix
                 for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
                     nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
         for layer in (self.clip_mapper, *self.effnet_mappers):
@@ -358,7 +362,7 @@ class StageB(nn.Module):
                     x = layer(x, *condition)
             return x
 
-        x = self.embedding(x_t)                                           # (B, c0, H/2, W/2)
+        x = self.embedding(x_t)                                           # (B, c_0, H/2, W/2)
         skips = []
         for layers, mapper in zip(self.down_blocks, self.effnet_mappers):
             x = level(x, layers, mapper)
@@ -368,54 +372,9 @@ class StageB(nn.Module):
             x = level(x, layers, mapper, skips[i] if i > 0 else None)
         # Official head: eps_hat = (x_t - A) / B with B in (0.001, 0.999): B stands for the noise's
         # size sqrt(1 - alpha_bar), A for the signal part. At init A = 0, B = .5: eps_hat = 2 x_t.
-        # The paper says "standard LDM" and is silent on the head. Stage C's is another one.
+        # The paper is silent on Stage B's head; Stage C's is another one.
         a, b = self.clf(x).float().chunk(2, dim=1)                        # (B, 4, H, W) each
         return (x_t - a) / (b.sigmoid() * (1 - 2e-3) + 1e-3)
-
-
-def load(path, device="cpu"):
-    """Rebuild a trained StageB (its EMA weights), in eval mode, from a checkpoint: ours,
-    a folder that diffusers wrote (WuerstchenDiffNeXt) or an official .pt file.
-    """
-    from plumbing import run
-    return run.rebuild(path, "B", StageB, config_of, device)
-
-
-def config_of(state):
-    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
-    if "diffusers" in state:
-        return from_diffusers(state["diffusers"])
-    return Config(**state["config"]) if "config" in state else PRESETS["released"]
-
-
-DIFFUSERS = dict(c_in="latent_channels", c_out="latent_channels", c_r="timestep_width",
-                 patch_size="patch_size", c_cond="cond_width", clip_embd="text_width",
-                 effnet_embd="sem_channels", dropout="dropout")
-
-
-def from_diffusers(config):
-    """config.json of a WuerstchenDiffNeXt -> Config. What it does not say is as in `released`.
-
-    ValueError where it describes a network that this file cannot build.
-    """
-    ours = replace(PRESETS["released"], widths=tuple(config["c_hidden"]),
-                   heads=tuple(max(0, n) for n in config["nhead"]), blocks=tuple(config["blocks"]),
-                   **{ours: config[theirs] for theirs, ours in DIFFUSERS.items()})
-    expected = to_diffusers(ours)
-    for name in ("level_config", "inject_effnet", "kernel_size", "c_out"):
-        if config.get(name, expected[name]) != expected[name]:
-            raise ValueError(f"{name} is {config[name]}, expected {expected[name]}")
-    return ours
-
-
-def to_diffusers(config):
-    """Config -> config.json of a WuerstchenDiffNeXt, whose attribute names are ours."""
-    return {"_class_name": "WuerstchenDiffNeXt", "kernel_size": 3,
-            **{theirs: getattr(config, ours) for theirs, ours in DIFFUSERS.items()},
-            "c_hidden": list(config.widths), "nhead": [n or -1 for n in config.heads],
-            "blocks": list(config.blocks),
-            "level_config": ["CTA" if n else "CT" for n in config.heads],
-            "inject_effnet": [n > 0 for n in config.heads]}
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -456,11 +415,11 @@ def loss(model, x_0, sem, text, t=None, noise=None, record=None):
     if record is not None:
         record.append((t.detach(), error.detach()))
     if model.config.weight_cap:
-        # departs (pocket): the error counts as one in x_0: (1 - alpha_bar) / alpha_bar times
-        # that in eps, up to a cap. Flat drawings can be denoised from their surroundings until t is
-        # near 1, where eps hardly depends on x_0: unweighted, conditions are learned very late.
-        a = alpha_bar(t)
-        error = ((1 - a) / a).clamp(max=model.config.weight_cap) * error
+        # departs (pocket): the error counts as one in x_0, (1 - alpha_bar) / alpha_bar times that
+        # in eps, up to a cap. Flat drawings can be denoised without conditions except near t = 1,
+        # and there eps hardly depends on x_0: unweighted, conditions are learned very late.
+        a_bar = alpha_bar(t)
+        error = ((1 - a_bar) / a_bar).clamp(max=model.config.weight_cap) * error
     return error.mean()
 
 
@@ -517,11 +476,13 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
     device, rank, world = run.setup(config.seed)
     out = Path(out)
     run.required(stage_a_path, "a Stage A checkpoint",
-                 "train it with `python stage_a.py --data …`, or name it with --stage-a. also "
-                 f"needed: {config.text_encoder} text (built in, from the hub, or --clip PATH)")
+                 "train it with `python stage_a.py --data …`, or name it with --stage-a. It also "
+                 f"needs the text encoder {config.text_encoder} (the hub's, or --clip PATH)")
     if config.compressor not in semantic_compressor.PRESETS:
         raise run.ConfigError(f"--compressor {config.compressor}: expected one of "
                               f"{', '.join(semantic_compressor.PRESETS)}")
+    if config.condition not in ("raw", "standardised"):
+        raise run.ConfigError(f"--condition {config.condition}: expected raw or standardised")
     vqgan = stage_a.load(stage_a_path, device)
     encoder = data.text_encoder(config.text_encoder, clip, device)
     if encoder.width != config.text_width:
@@ -539,7 +500,7 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
     out.mkdir(parents=True, exist_ok=True)
 
     def targets(batch):
-        """A batch -> x_0 (B, 4, H/4, W/4), images (B, 3, 3H/4, 3W/4) for sem, text (B, L, E)."""
+        """A batch -> x_0 (B, 4, H, W), images for sem (B, 3, 3H, 3W), text (B, L, E)."""
         with torch.no_grad():
             images = batch["images"].to(device)
             x_0 = vqgan.standardise(vqgan.encode(images))
@@ -564,6 +525,7 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
     ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False)
                            for net in (model, compressor))
     parameters = [*model.parameters(), *compressor.parameters()]
+    # departs: torch's betas (0.9, 0.999); the official code gives Stage B (0.9, 0.95)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, fused=device.type == "cuda")
     start, position = 0, (0, 0)
     if state:
@@ -603,8 +565,8 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
             # loss
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 sem = compressor(images).float()                          # (B, 16, h, w), raw
-                # Standardised with the batch's own scale, so that the noise on it has a known size;
-                # after a BatchNorm without affine parameters that is 0 and 1 already.
+                # Standardised with the batch's own scale, so that the noise on it has a known size.
+                # (After a BatchNorm without affine parameters that is about 0 and 1 anyway.)
                 mean, std = sem.detach().mean(), sem.detach().std()
                 scale = (mean, std) if config.condition == "raw" else (0.0, 1.0)
                 sem, text = drop_and_noise((sem - mean) / std, text, null_text, config, *scale)
@@ -631,17 +593,12 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
             log.write(done, run.by_level(record), loss=value.item(), grad=grad.item(), lr=lr,
                       skipped=guard.skipped)
             record.clear()
-        previews, saves = (rank == 0 and (done % every == 0 or last)
-                           for every in (config.preview_every, config.save_every))
+        saves, previews = (rank == 0 and (done % every == 0 or last)
+                           for every in (config.save_every, config.preview_every))
         if previews or saves:
             if not frozen:
                 semantic_compressor.settle(compressor_ema, settling)
             scale = semantic_compressor.latent_scale(compressor_ema, settling)
-        # preview
-        if previews:
-            preview(ema, compressor_ema, scale, vqgan, encoder, fixed,
-                    out / f"preview_{done:07d}.png")
-            log.pause()
         # checkpoint
         if saves:
             run.save_checkpoint(out / "checkpoint.pt", dict(
@@ -651,6 +608,11 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
                 model=model.state_dict(), ema=ema.state_dict(), compressor=compressor.state_dict(),
                 compressor_ema=compressor_ema.state_dict(), optimizer=optimizer.state_dict(),
                 random=run.random_state(device), **given))
+            log.pause()
+        # preview
+        if previews:
+            preview(ema, compressor_ema, scale, vqgan, encoder, fixed,
+                    out / f"preview_{done:07d}.png")
             log.pause()
         if last:
             break
@@ -673,17 +635,62 @@ def preview(model, compressor, scale, vqgan, encoder, fixed, path):
     run.grid(torch.cat(rows).float().cpu(), columns=len(images)).save(path)
 
 
+# ---- checkpoints: ours, diffusers' and the official ones -----------------------------------------
+
+def load(path, device="cpu"):
+    """Rebuild a trained StageB (its EMA weights), in eval mode, from a checkpoint: ours,
+    a folder that diffusers wrote (WuerstchenDiffNeXt) or an official .pt file.
+    """
+    from plumbing import run
+    return run.rebuild(path, "B", StageB, config_of, device)
+
+
+def config_of(state):
+    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
+    if "diffusers" in state:
+        return from_diffusers(state["diffusers"])
+    return Config(**state["config"]) if "config" in state else PRESETS["released"]
+
+
+DIFFUSERS = dict(c_in="latent_channels", c_out="latent_channels", c_r="timestep_width",
+                 patch_size="patch_size", c_cond="cond_width", clip_embd="text_width",
+                 effnet_embd="sem_channels", dropout="dropout")
+
+
+def from_diffusers(config):
+    """config.json of a WuerstchenDiffNeXt -> Config. What it does not say is as in `released`.
+
+    ValueError where it describes a network that this file cannot build.
+    """
+    ours = replace(PRESETS["released"], widths=tuple(config["c_hidden"]),
+                   heads=tuple(max(0, n) for n in config["nhead"]), blocks=tuple(config["blocks"]),
+                   **{ours: config[theirs] for theirs, ours in DIFFUSERS.items()})
+    expected = to_diffusers(ours)
+    for name in ("level_config", "inject_effnet", "kernel_size", "c_out"):
+        if config.get(name, expected[name]) != expected[name]:
+            raise ValueError(f"{name} is {config[name]}, expected {expected[name]}")
+    return ours
+
+
+def to_diffusers(config):
+    """Config -> config.json of a WuerstchenDiffNeXt, whose attribute names are ours."""
+    return {"_class_name": "WuerstchenDiffNeXt", "kernel_size": 3,
+            **{theirs: getattr(config, ours) for theirs, ours in DIFFUSERS.items()},
+            "c_hidden": list(config.widths), "nhead": [n or -1 for n in config.heads],
+            "blocks": list(config.blocks),
+            "level_config": ["CTA" if n else "CT" for n in config.heads],
+            "inject_effnet": [n > 0 for n in config.heads]}
+
+
 if __name__ == "__main__":
     from plumbing import run
     config, args = run.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
         out=(None, "folder of this run (default runs/paper/stage_b; of phase 2: stage_b-2)"),
-        stage_a=(None, "Stage A checkpoint (default runs/PRESET/stage_a/checkpoint.pt)"),
+        stage_a=(None, "Stage A checkpoint (default: stage_a/checkpoint.pt beside --out)"),
         clip=(None, "local weights of the CLIP text encoder, file or folder (default: the hub)"),
         init_from=(None, "begin a new run with the weights of this checkpoint (E.2, phase 2)"))
-    runs = Path("runs") / args.preset.partition("-")[0]
-    if args.data is None:
-        sys.exit("--data is missing: a folder of tar shards, for example from "
-                 "`python data.py shapes --out shards/shapes`")
-    run.start(train, config, args.data, args.out or runs / f"stage_b{args.preset[len(runs.name):]}",
-              args.stage_a or runs / "stage_a/checkpoint.pt", args.clip, args.init_from)
+    size, _, phase = args.preset.partition("-")
+    out = args.out or f"runs/{size}/stage_b" + (f"-{phase}" if phase else "")
+    run.start(train, config, run.source(args), out,
+              args.stage_a or run.earlier("a", out, args.preset), args.clip, args.init_from)

@@ -102,7 +102,7 @@ def alpha_bar(t):
     """Signal power left at noise level t: the cosine schedule (Nichol & Dhariwal, 2021), §3.2.
 
     t: float tensor in [0, 1] of any shape. Clamped to [1e-4, 0.9999] (official code), so that
-    neither pure signal nor pure noise is ever divided by.
+    neither alpha_bar nor 1 - alpha_bar, by which the sampler divides, is ever 0.
     """
     s = 0.008                                                             # official code
     ratio = torch.cos((t + s) / (1 + s) * math.pi / 2) / math.cos(s / (1 + s) * math.pi / 2)
@@ -121,8 +121,8 @@ def draw_t(n, device="cpu"):
 
 def diffuse(x_0, t, noise):
     """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (§3.2). t: (B,)."""
-    a = alpha_bar(t).view(-1, 1, 1, 1)
-    return a.sqrt() * x_0 + (1 - a).sqrt() * noise
+    a_bar = alpha_bar(t).view(-1, 1, 1, 1)
+    return a_bar.sqrt() * x_0 + (1 - a_bar).sqrt() * noise
 
 
 def randn(shape, generator=None, device="cpu"):
@@ -140,15 +140,16 @@ def p2_weight(t, form="paper"):
     Predicting the noise of a nearly clean latent is hard to do well and decides nothing that can be
     seen; at high noise the subject of the picture is decided. p2 follows the noise power 1 -
     alpha_bar: t = .25, .5, .75 count .083, .339, .748 in the paper's form.
-    form: "paper" (1 - a) / (1 + a); "released" 1 - a, which is (1 + a / (1 - a))^-1; "none" 1.
+    form: "paper" (1 - a_bar) / (1 + a_bar); "released" 1 - a_bar, which is
+    (1 + a_bar / (1 - a_bar))^-1; "none" 1.
     """
-    a = alpha_bar(t)
+    a_bar = alpha_bar(t)
     if form == "paper":
-        return (1 - a) / (1 + a)
+        return (1 - a_bar) / (1 + a_bar)
     if form == "released":
-        return 1 - a
+        return 1 - a_bar
     if form == "none":
-        return torch.ones_like(a)
+        return torch.ones_like(a_bar)
     raise ValueError(f"p2 form {form!r}: expected paper, released or none")
 
 
@@ -182,7 +183,10 @@ class GlobalResponseNorm(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Scale and shift every channel by the noise level. The identity at init."""
+    """Scale and shift every channel by the noise level. The identity at init.
+
+    departs: as in the official code; §3.2 mentions cross-attention for the time, too.
+    """
 
     def __init__(self, c, c_timestep):
         super().__init__()
@@ -240,7 +244,7 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Each latent position attends to all positions and all text tokens at once (E.3).
 
-    One joint attention, as in the official code, where the paper says "cross-attention".
+    departs: one joint attention (official code), where the paper has cross-attention.
     Unlike Stage B's there are no compressor latents among the keys.
     """
 
@@ -299,7 +303,7 @@ class StageC(nn.Module):
                 block.channelwise[-1].weight.data *= (1 / self.config.depth) ** 0.5
             if isinstance(block, TimestepBlock):
                 nn.init.zeros_(block.mapper.weight)
-            if isinstance(block, AttnBlock):       # q, k, v are one (3c, c) matrix there
+            if isinstance(block, AttnBlock):       # there q, k, v are one (3c, c) matrix
                 for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
                     nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
         for layer in (self.projection, self.cond_mapper[0], self.cond_mapper[2]):
@@ -311,45 +315,17 @@ class StageC(nn.Module):
         text = self.cond_mapper(text)                                     # (B, L, D)
         x = self.projection(x_t)                                          # (B, D, h, w)
         for block in self.blocks:
-            condition = {TimestepBlock: (t_embedding,), AttnBlock: (text,)}.get(type(block), ())
+            condition = ()                                                # of a ResBlock
+            if isinstance(block, TimestepBlock):
+                condition = (t_embedding,)
+            elif isinstance(block, AttnBlock):
+                condition = (text,)
             if self.config.checkpoint_activations and self.training:
                 x = checkpoint(block, x, *condition, use_reentrant=False)
             else:
                 x = block(x, *condition)
         a, b = self.out(x).float().chunk(2, dim=1)                        # (B, 16, h, w) each
         return ab_to_eps(x_t, a, b)
-
-
-def load(path, device="cpu"):
-    """Rebuild a trained StageC (its EMA weights), in eval mode, from a checkpoint: ours,
-    a folder that diffusers wrote (WuerstchenPrior) or an official .pt file.
-    """
-    from plumbing import run
-    return run.rebuild(path, "C", StageC, config_of, device)
-
-
-def config_of(state):
-    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
-    if "diffusers" in state:
-        return from_diffusers(state["diffusers"])
-    released = replace(PRESETS["released"], image_size=1024)
-    return Config(**state["config"]) if "config" in state else released
-
-
-DIFFUSERS = dict(c_in="latent_channels", c="width", depth="depth", nhead="heads",
-                 c_cond="text_width", c_r="timestep_width", dropout="dropout")
-
-
-def from_diffusers(config):
-    """config.json of a WuerstchenPrior -> Config. What it does not say is as in `released`."""
-    return replace(PRESETS["released"], image_size=1024,
-                   **{ours: config[theirs] for theirs, ours in DIFFUSERS.items()})
-
-
-def to_diffusers(config):
-    """Config -> config.json of a WuerstchenPrior, whose attribute names are ours."""
-    return {"_class_name": "WuerstchenPrior",
-            **{theirs: getattr(config, ours) for theirs, ours in DIFFUSERS.items()}}
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -435,8 +411,8 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
     device, rank, world = run.setup(config.seed)
     out = Path(out)
     run.required(stage_b, "a Stage B checkpoint with the trained Semantic Compressor",
-                 "train it with `python stage_b.py --data …`, or name it with --stage-b. also "
-                 f"needed: {config.text_encoder} text (built in, from the hub, or --clip PATH)")
+                 "train it with `python stage_b.py --data …`, or name it with --stage-b. It also "
+                 f"needs the text encoder {config.text_encoder} (the hub's, or --clip PATH)")
     compressor = semantic_compressor.load(stage_b, device)
     encoder = data.text_encoder(config.text_encoder, clip, device)
     if config.p2 not in ("paper", "released", "none"):
@@ -444,7 +420,7 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
     if encoder.width != config.text_width:
         raise run.ConfigError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
                               f"expected --text-width {config.text_width}")
-    if Path(stage_a).exists():                                            # so is a wrong Stage A
+    if Path(stage_a).exists():                         # fail now, not at the first preview
         import sample
         sample.load_chain(stage_a, stage_b, clip=clip)
     cached = semantic_compressor.cached(source, compressor)               # latents, or None: images
@@ -535,16 +511,16 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
             log.write(done, run.by_level(record), loss=value.item(), grad=grad.item(), lr=lr,
                       skipped=guard.skipped)
             record.clear()
-        # preview
-        if rank == 0 and (done % config.preview_every == 0 or last):
-            preview(ema, encoder, captions, stage_a, stage_b, clip, out / f"preview_{done:07d}.png")
-            log.pause()
         # checkpoint
         if rank == 0 and (done % config.save_every == 0 or last):
             run.save_checkpoint(out / "checkpoint.pt", dict(
                 stage="C", config=asdict(config), step=done, position=position,
                 model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                 random=run.random_state(device), **given))
+            log.pause()
+        # preview
+        if rank == 0 and (done % config.preview_every == 0 or last):
+            preview(ema, encoder, captions, stage_a, stage_b, clip, out / f"preview_{done:07d}.png")
             log.pause()
         if last:
             break
@@ -559,7 +535,7 @@ def preview(model, encoder, captions, stage_a, stage_b, clip, path):
     generators = [torch.Generator().manual_seed(index) for index in range(len(captions))]
     latents = ddpm_sample(model, (len(captions), model.config.latent_channels, side, side),
                           encoder(captions), encoder([""]), steps=20, generator=generators)
-    if Path(stage_a).is_file():
+    if Path(stage_a).exists():
         import sample
         images = sample.decode(latents, captions, stage_a, stage_b, clip)
     else:
@@ -578,6 +554,9 @@ def interpolate(paths, out, share=0.5):
         if first[name] != second[name]:
             raise run.CheckpointError(f"{paths[0]} and {paths[1]} were trained with different "
                                       f"values of {name}: between them lies no model")
+    if (Path(out) / "checkpoint.pt").exists():
+        raise run.ConfigError(f"{out}/checkpoint.pt is there already and would be lost; give the "
+                              "mean another --out")
     ema = {name: value.lerp(second["ema"][name], share) for name, value in first["ema"].items()}
     Path(out).mkdir(parents=True, exist_ok=True)
     run.save_checkpoint(Path(out) / "checkpoint.pt", dict(
@@ -586,23 +565,55 @@ def interpolate(paths, out, share=0.5):
     print(f"{out}/checkpoint.pt: {1 - share:g} of {paths[0]} and {share:g} of {paths[1]}")
 
 
+# ---- checkpoints: ours, diffusers' and the official ones -----------------------------------------
+
+def load(path, device="cpu"):
+    """Rebuild a trained StageC (its EMA weights), in eval mode, from a checkpoint: ours,
+    a folder that diffusers wrote (WuerstchenPrior) or an official .pt file.
+    """
+    from plumbing import run
+    return run.rebuild(path, "C", StageC, config_of, device)
+
+
+def config_of(state):
+    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
+    if "diffusers" in state:
+        return from_diffusers(state["diffusers"])
+    released = replace(PRESETS["released"], image_size=1024)
+    return Config(**state["config"]) if "config" in state else released
+
+
+DIFFUSERS = dict(c_in="latent_channels", c="width", depth="depth", nhead="heads",
+                 c_cond="text_width", c_r="timestep_width", dropout="dropout")
+
+
+def from_diffusers(config):
+    """config.json of a WuerstchenPrior -> Config. What it does not say is as in `released`."""
+    return replace(PRESETS["released"], image_size=1024,
+                   **{ours: config[theirs] for theirs, ours in DIFFUSERS.items()})
+
+
+def to_diffusers(config):
+    """Config -> config.json of a WuerstchenPrior, whose attribute names are ours."""
+    return {"_class_name": "WuerstchenPrior",
+            **{theirs: getattr(config, ours) for theirs, ours in DIFFUSERS.items()}}
+
+
 if __name__ == "__main__":
     from plumbing import run
     config, args = run.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
         out=(None, "folder of this run (default runs/paper/stage_c; of phase 2: stage_c-2)"),
-        stage_a=(None, "Stage A checkpoint, for previews (runs/PRESET/stage_a/checkpoint.pt)"),
-        stage_b=(None, "Stage B checkpoint (default runs/PRESET/stage_b/checkpoint.pt)"),
+        stage_a=(None, "Stage A checkpoint, for previews (stage_a/checkpoint.pt beside --out)"),
+        stage_b=(None, "Stage B checkpoint (default: stage_b/checkpoint.pt beside --out)"),
         clip=(None, "local weights of the CLIP text encoder, file or folder (default: the hub)"),
         init_from=(None, "begin a new run with the weights of this checkpoint (E.3: each phase)"),
         interpolate=(None, "RUN,RUN: no training, the mean of two checkpoints' weights (E.3)"))
-    runs = Path("runs") / args.preset.partition("-")[0]
+    size, _, phase = args.preset.partition("-")
+    out = args.out or f"runs/{size}/stage_c" + (f"-{phase}" if phase else "")
     if args.interpolate:
-        run.start(interpolate, args.interpolate.split(","), args.out or runs / "stage_c")
+        run.start(interpolate, args.interpolate.split(","), out)
         sys.exit()
-    if args.data is None:
-        sys.exit("--data is missing: a folder of tar shards, for example from "
-                 "`python data.py shapes --out shards/shapes`")
-    run.start(train, config, args.data, args.out or runs / f"stage_c{args.preset[len(runs.name):]}",
-              args.stage_a or runs / "stage_a/checkpoint.pt",
-              args.stage_b or runs / "stage_b/checkpoint.pt", args.clip, args.init_from)
+    run.start(train, config, run.source(args), out,
+              args.stage_a or run.earlier("a", out, args.preset),
+              args.stage_b or run.earlier("b", out, args.preset), args.clip, args.init_from)

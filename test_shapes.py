@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.nn as nn
 from PIL import Image
+from safetensors import safe_open
 from torch.testing import assert_close
 
 import data
@@ -33,7 +34,7 @@ import stage_a
 import stage_b
 import stage_c
 from plumbing import run
-from pocket import shapes
+from pocket import shapes, ship
 
 HERE = Path(__file__).parent
 
@@ -845,6 +846,24 @@ def test_sample_refuses(chain, tmp_path):
                           tmp_path / "c.pt")
 
 
+def test_small_weights(chain, tmp_path):
+    """pocket/ship.py: three files that load as the checkpoints do, with their origin in them."""
+    origin = ship.ship(sample.find(chain), tmp_path)
+    before, after = (sample.load_chain(**sample.find(folder)) for folder in (chain, tmp_path))
+    for part in ("a", "b", "c", "compressor"):
+        one, two = getattr(before, part), getattr(after, part)
+        assert one.config == two.config
+        assert_close(one.state_dict(), two.state_dict(), rtol=1e-3, atol=1e-6)
+    assert "--widths 8,16,16" in origin["b"]["command"] and origin["a"]["psnr_a"] > 0
+    with safe_open(tmp_path / "stage_c.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["provenance"]) == origin["c"]
+    with pytest.raises(run.CheckpointError, match="another Stage A"):
+        sample.load_chain(chain / "stage_a/checkpoint.pt", tmp_path / "stage_b.safetensors")
+    run.save_diffusers(tmp_path, {}, {"x": torch.zeros(1)})
+    with pytest.raises(run.CheckpointError, match="not a readable checkpoint"):
+        stage_c.load(tmp_path / "diffusion_pytorch_model.safetensors")
+
+
 def test_missing_stage_is_explained(drawings, tmp_path):
     """Stage C without a Stage B checkpoint says what is needed and which command makes it."""
     done = command("stage_c.py", "--data", drawings, "--preset", "pocket",
@@ -1115,7 +1134,7 @@ def test_folder_of_images(tmp_path):
 
 def test_folder_with_metadata_jsonl(tmp_path, capfd):
     """metadata.jsonl gives captions and extras; broken lines and missing images are counted."""
-    for name in ("a.png", "b.png", "d.png"):
+    for name in ("a.png", "b.png", "d.png", "not_listed.png"):
         (tmp_path / name).write_bytes(encoded())
     lines = ['{"file_name": "a.png", "text": "an a", "score": 3}',
              '{"file_name": "b.png", "text": "ä b"}', "", "{broken",
@@ -1124,7 +1143,8 @@ def test_folder_with_metadata_jsonl(tmp_path, capfd):
     found = data.CaptionedImages(tmp_path)
     assert [found.caption(i) for i in range(2)] == ["an a", "ä b"]
     assert found[0]["meta"]["score"] == 3
-    assert found.counts() == {"unreadable line of metadata.jsonl": 1, "no image": 1}
+    assert found.counts() == {"unreadable line of metadata.jsonl": 1, "no image": 1,
+                              "not in metadata.jsonl": 1}
     assert found[2]["failed"].startswith("no caption")
     assert "line 4" in capfd.readouterr().err
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 
@@ -71,6 +73,32 @@ def required(path, what, how):
     if not Path(path).exists():
         sys.exit(f"{path}: {what} is needed here and was not found; {how}")
     return Path(path)
+
+
+POCKET = Path(__file__).resolve().parent.parent / "pocket"    # the weights of the repository
+
+
+def earlier(stage, out, preset):
+    """Where an earlier stage's checkpoint is: beside `out`; else, at pocket size, in pocket/."""
+    own = Path(out).parent / f"stage_{stage}/checkpoint.pt"
+    shipped = POCKET / f"stage_{stage}.safetensors"
+    if own.exists() or preset != "pocket" or not shipped.exists():
+        return own
+    print(f"Stage {stage.upper()}: {shipped.relative_to(POCKET.parent)} of the repository, as "
+          f"there is no {own}", flush=True)
+    return shipped
+
+
+def source(args):
+    """--data, or, at pocket size, the built-in drawings, which are made if they are not there."""
+    if args.data is not None:
+        return args.data
+    if args.preset != "pocket":
+        sys.exit("--data is missing: a folder of tar shards, for example from "
+                 "`python data.py shapes --out shards/shapes`")
+    import data
+    start(data.make_shapes, "shards/shapes")
+    return "shards/shapes"
 
 
 class ConfigError(ValueError):
@@ -167,9 +195,10 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, stage=None):
-    """Read a checkpoint to the CPU, never unpickling code. Three forms, one result, a dict:
+    """Read a checkpoint to the CPU, never unpickling code. Four forms, one result, a dict:
 
     ours               what save_checkpoint wrote
+    a .safetensors     the small weights of the repository, written by pocket/ship.py
     a folder           config.json (here as "diffusers") and safetensors (as "ema"), by diffusers
     an official .pt    its weights as "ema", with the names of OFFICIAL_NAMES replaced
     stage: "A", "B" or "C", or "compressor" (which also finds the one inside a Stage B checkpoint).
@@ -181,8 +210,10 @@ def load_checkpoint(path, stage=None):
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a checkpoint of stage {stage}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        state = (load_shipped(path) if path.suffix == ".safetensors" else
+                 torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, SafetensorError,
+            pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint "
                               f"({str(error).splitlines()[0]})") from None
     if isinstance(state, dict) and {"state_dict", "ema_state_dict"} & set(state):
@@ -197,14 +228,30 @@ def load_checkpoint(path, stage=None):
     return state
 
 
+def load_shipped(path):
+    """A .safetensors file with its config in the metadata; "compressor.…" is the compressor's."""
+    with safe_open(path, "pt") as file:
+        if "checkpoint" not in (file.metadata() or {}):
+            raise ValueError("no config in its metadata: not written by pocket/ship.py")
+        state = json.loads(file.metadata()["checkpoint"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    inner = "compressor."
+    state["compressor_ema"] = {name.removeprefix(inner): value for name, value in tensors.items()
+                               if name.startswith(inner)}
+    state["ema"] = state["model"] = {name: value for name, value in tensors.items()
+                                     if not name.startswith(inner)}
+    for config in ("config", "compressor_config"):           # JSON has no tuples
+        state[config] = {name: tuple(value) if isinstance(value, list) else value
+                         for name, value in state.get(config, {}).items()}
+    return state
+
+
 DIFFUSERS_CLASSES = {"A": "PaellaVQModel", "B": "WuerstchenDiffNeXt", "C": "WuerstchenPrior",
                      "compressor": "EfficientNetEncoder"}
 
 
 def load_diffusers(folder, stage):
     """A folder with config.json and diffusion_pytorch_model.safetensors: names as they are."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
@@ -220,7 +267,6 @@ def load_diffusers(folder, stage):
 
 def save_diffusers(folder, config, tensors):
     """Write what load_diffusers and diffusers' from_pretrained read."""
-    from safetensors.torch import save_file
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     save_file(tensors, Path(folder) / "diffusion_pytorch_model.safetensors", {"format": "pt"})
