@@ -305,7 +305,8 @@ def count_or_released(text):
     return text if text == "released" else int(text)
 
 
-def main(argv=None):
+def options():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="*", help="one or more prompts")
@@ -332,8 +333,11 @@ def main(argv=None):
     parser.add_argument("--stages", action="store_true", help="show the steps to one picture")
     parser.add_argument("--reconstruct", metavar="IMAGE", help="what each stage loses of an image")
     parser.add_argument("--export", metavar="DIR", help="write the weights as diffusers reads them")
-    settings = parser.parse_args(argv)
+    return parser
 
+
+def main(argv=None):
+    settings = options().parse_args(argv)
     prompts = list(settings.prompt)
     if settings.prompts:
         try:

@@ -55,7 +55,7 @@ class Config:
     attend_to_sem: bool = True         # paper, §3.1, E.2 (released: False, concatenation alone)
     condition: str = "standardised"    # ours: scale of sem (released: "raw")
     # loss
-    weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 600
+    weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 20
     # conditions while training: shares of all samples; noise for a share of the rest
     drop_both: float = 0.05            # ours: §3.1 gives no numbers
     drop_text: float = 0.05            # ours: as Stage C's, §3.2
@@ -97,9 +97,9 @@ PRESETS = {
     "released": Config(attend_to_sem=False, condition="raw", compressor="released"),   # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(64, 96, 160), heads=(0, 3, 5), blocks=(2, 2, 2), text_width=128, cond_width=64,
-        dropout=0.0, weight_cap=600.0, text_encoder="pocket", compressor="pocket", image_size=128,
+        dropout=0.0, weight_cap=20.0, text_encoder="pocket", compressor="pocket", image_size=128,
         remember=True, accumulate=1, steps=5000, batch_size=32, lr=1e-3, warmup=100,
-        cooldown=1700, workers=1, log_every=20, preview_every=250, save_every=100),
+        cooldown=1600, workers=1, log_every=20, preview_every=250, save_every=100),
 }
 
 
