@@ -96,10 +96,10 @@ PRESETS = {
     "paper-2": Config(image_size=1024, steps=300_000, batch_size=4, warmup=500),   # 4 x 32 = 128
     "released": Config(attend_to_sem=False, condition="raw", compressor="released"),   # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
-        widths=(64, 96, 160), heads=(0, 3, 5), blocks=(2, 2, 2), text_width=128, cond_width=64,
+        widths=(32, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
         dropout=0.0, weight_cap=20.0, text_encoder="pocket", compressor="pocket", image_size=128,
-        remember=True, accumulate=1, steps=5000, batch_size=32, lr=1e-3, warmup=100,
-        cooldown=1600, workers=1, log_every=20, preview_every=250, save_every=100),
+        remember=True, accumulate=1, steps=3000, batch_size=32, lr=1e-3, warmup=100,
+        cooldown=1000, workers=1, log_every=20, preview_every=250, save_every=100),
 }
 
 
