@@ -1,10 +1,11 @@
 # make demo   environment, built-in data, ten minutes of training on two cores, a PNG of prompts
 # make test   the same environment, then the tests
+# make pocket trains the weights in pocket/ again, from nothing: an hour on two cores
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = runs/demo
 
-.PHONY: demo test clean
+.PHONY: demo test pocket clean
 
 demo: .venv/ready
 	$(BIN)/python data.py shapes --out shards/demo --count 6000
@@ -19,6 +20,12 @@ demo: .venv/ready
 	    "a large red circle on a white background" "a blue square on a black background" \
 	    "a yellow star above a purple heart" "a green triangle left of a pink cross"
 	@echo "The pictures are in $(RUN)/demo.png: one row for each prompt, four tries."
+
+pocket: .venv/ready
+	$(BIN)/python stage_a.py --preset pocket --compile
+	$(BIN)/python stage_b.py --preset pocket --compile
+	$(BIN)/python stage_c.py --preset pocket --compile
+	$(BIN)/python pocket/ship.py
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest test_shapes.py

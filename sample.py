@@ -45,6 +45,8 @@ POCKET = {part: run.POCKET / f"stage_{stage}.safetensors"                 # in t
 LAYOUTS = (      # of a folder of weights; the compressor and the text encoders may be missing
     dict(a="stage_a/checkpoint.pt", b="stage_b/checkpoint.pt", c="stage_c/checkpoint.pt",
          compressor="stage_b/checkpoint.pt"),                             # what training leaves
+    dict(POCKET, b="stage_b/checkpoint.pt", c="stage_c/checkpoint.pt",
+         compressor="stage_b/checkpoint.pt"),                             # B and C trained on A's
     dict(POCKET, c="stage_c/checkpoint.pt"),                              # Stage C trained alone
     {part: path.name for part, path in POCKET.items()},
     DIFFUSERS,

@@ -60,7 +60,7 @@ class Config:
     resize: int = 256                  # paper, E.1
     crop: int = 128                    # paper, E.1
     min_size: int = 0                  # filters by the .json of each sample (data.py): these four
-    min_aesthetic: float = 0.0         # values let everything pass; README: what the paper used
+    min_aesthetic: float = 0.0         # values let all pass; README: the released scripts'
     max_pwatermark: float = 1.0
     max_punsafe: float = 1.0
     # training

@@ -56,9 +56,10 @@ class Config:
     condition: str = "standardised"    # ours: scale of sem (released: "raw")
     # loss
     weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 20
+    t_power: float = 1.0               # official code: t as drawn. See `loss`; pocket: 2
     # conditions while training: shares of all samples; noise for a share of the rest
     drop_both: float = 0.05            # ours: §3.1 gives no numbers
-    drop_text: float = 0.05            # ours: as Stage C's, §3.2
+    drop_text: float = 0.05            # ours: as Stage C's, §3.2; pocket: 0.5
     drop_sem: float = 0.05             # official code (v1), there for whole batches
     noise_sem: float = 0.3             # official code (v1), there for whole batches
     noise_sem_t: float = 0.5           # official code (v1): t ~ U(0, 0.5)
@@ -68,7 +69,7 @@ class Config:
     image_size: int = 512              # paper, E.2, first phase
     remember: bool = False             # encode each image and caption once and keep them in memory
     min_size: int = 0                  # filters by the .json of each sample (data.py): these four
-    min_aesthetic: float = 0.0         # values let everything pass; README: what the paper used
+    min_aesthetic: float = 0.0         # values let all pass; README: the released scripts'
     max_pwatermark: float = 1.0
     max_punsafe: float = 1.0
     # training
@@ -97,9 +98,13 @@ PRESETS = {
     "released": Config(attend_to_sem=False, condition="raw", compressor="released"),   # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(32, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
-        dropout=0.0, weight_cap=20.0, text_encoder="pocket", compressor="pocket", image_size=128,
-        remember=True, accumulate=1, steps=3000, batch_size=32, lr=1e-3, warmup=100,
-        cooldown=1000, workers=1, log_every=20, preview_every=250, save_every=100),
+        dropout=0.0, weight_cap=20.0, t_power=2.0,
+        # half of all samples see no text: captions name the colours, and a compressor that can
+        # leave them to the text does not learn to say which object has which
+        drop_text=0.5,
+        text_encoder="pocket", compressor="pocket", image_size=128, remember=True, accumulate=1,
+        steps=5000, batch_size=32, lr=1e-3, warmup=100, cooldown=1500, workers=1, log_every=20,
+        preview_every=250, save_every=100),
 }
 
 
@@ -382,9 +387,9 @@ class StageB(nn.Module):
 def drop_and_noise(sem, text, null_text, config, mean=0.0, std=1.0):
     """Make the conditions imperfect, each sample by itself, as sampling will find them (§3.1).
 
-    5 % lose both (the unconditional branch of guidance), 5 % the text, 5 % sem; of the rest, 30 %
-    get sem noised to a level t ~ U(0, 0.5), because Stage C's latents will not be perfect. The
-    model is not told the level.
+    5 % lose both (the unconditional branch of guidance), 5 % the text (pocket: 50 %), 5 % sem; of
+    the rest, 30 % get sem noised to a level t ~ U(0, 0.5), because Stage C's latents will not be
+    perfect. The model is not told the level.
     sem: (B, 16, h, w) standardised. mean, std: the scale Stage B reads, (-1, 42) for released
     weights. null_text: (1, L, E), tokens of the empty caption. Returns (sem, text).
     """
@@ -408,16 +413,18 @@ def loss(model, x_0, sem, text, t=None, noise=None, record=None):
     [0, 1], drawn if None. noise: like x_0, drawn if None. record: a list that receives (t,
     unweighted error), both (B,). Returns a scalar.
     """
-    t = draw_t(len(x_0), x_0.device) if t is None else t
+    if t is None:
+        # departs (pocket): drawn nearer to t = 1 (t_power 2: half of all t are above .75). Flat
+        # drawings can be denoised from x_t alone except there: there the conditions are learned.
+        t = 1 - (1 - draw_t(len(x_0), x_0.device)) ** model.config.t_power
     noise = torch.randn_like(x_0) if noise is None else noise
     eps_hat = model(diffuse(x_0, t, noise), t, sem, text)                 # (B, 4, H, W)
     error = (eps_hat - noise).square().mean((1, 2, 3))                    # (B,)
     if record is not None:
         record.append((t.detach(), error.detach()))
     if model.config.weight_cap:
-        # departs (pocket): the error counts as one in x_0, (1 - alpha_bar) / alpha_bar times that
-        # in eps, up to a cap. Flat drawings can be denoised without conditions except near t = 1,
-        # and there eps hardly depends on x_0: unweighted, conditions are learned very late.
+        # departs (pocket): the error is measured in x_0, which is (1 - alpha_bar) / alpha_bar times
+        # that in eps, up to a cap. Near t = 1 an error in eps barely shows whether x_0 is right.
         a_bar = alpha_bar(t)
         error = ((1 - a_bar) / a_bar).clamp(max=model.config.weight_cap) * error
     return error.mean()
@@ -686,7 +693,7 @@ if __name__ == "__main__":
     from plumbing import run
     config, args = run.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
-        out=(None, "folder of this run (default runs/paper/stage_b; of phase 2: stage_b-2)"),
+        out=(None, "folder of this run (default runs/SIZE/stage_b; of phase 2: stage_b-2)"),
         stage_a=(None, "Stage A checkpoint (default: stage_a/checkpoint.pt beside --out)"),
         clip=(None, "local weights of the CLIP text encoder, file or folder (default: the hub)"),
         init_from=(None, "begin a new run with the weights of this checkpoint (E.2, phase 2)"))

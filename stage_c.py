@@ -58,7 +58,7 @@ class Config:
     sizes: tuple = ()                  # the compressor's inputs, HxW, one for each batch (E.3)
     remember: bool = False             # encode each image and caption once and keep them in memory
     min_size: int = 0                  # filters by the .json of each sample (data.py): these four
-    min_aesthetic: float = 0.0         # values let everything pass; README: what the paper used
+    min_aesthetic: float = 0.0         # values let all pass; README: the released scripts'
     max_pwatermark: float = 1.0
     max_punsafe: float = 1.0
     # training
@@ -549,6 +549,8 @@ def interpolate(paths, out, share=0.5):
     paths: two checkpoints of ours; share: of the second one. It samples; it cannot be resumed.
     """
     from plumbing import run
+    if len(paths) != 2:
+        raise run.ConfigError(f"--interpolate {','.join(paths)}: expected two files, FILE,FILE")
     first, second = (run.load_checkpoint(path, "C") for path in paths)
     for name in ("compressor", "text_encoder"):
         if first[name] != second[name]:
@@ -603,12 +605,12 @@ if __name__ == "__main__":
     from plumbing import run
     config, args = run.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
-        out=(None, "folder of this run (default runs/paper/stage_c; of phase 2: stage_c-2)"),
+        out=(None, "folder of this run (default runs/SIZE/stage_c; of phase 2: stage_c-2)"),
         stage_a=(None, "Stage A checkpoint, for previews (stage_a/checkpoint.pt beside --out)"),
         stage_b=(None, "Stage B checkpoint (default: stage_b/checkpoint.pt beside --out)"),
         clip=(None, "local weights of the CLIP text encoder, file or folder (default: the hub)"),
         init_from=(None, "begin a new run with the weights of this checkpoint (E.3: each phase)"),
-        interpolate=(None, "RUN,RUN: no training, the mean of two checkpoints' weights (E.3)"))
+        interpolate=(None, "FILE,FILE: no training, the mean of two checkpoints' weights (E.3)"))
     size, _, phase = args.preset.partition("-")
     out = args.out or f"runs/{size}/stage_c" + (f"-{phase}" if phase else "")
     if args.interpolate:

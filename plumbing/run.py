@@ -321,16 +321,17 @@ def random_state(device):
 
 
 # what may change when a run goes on: its length, and what is about the machine and the log
-FREE = {"steps", "cooldown", "workers", "compile", "checkpoint_activations", "log_every",
-        "preview_every", "save_every", "latent_mean", "latent_std"}
+FREE = {"batch_size", "accumulate", "steps", "cooldown", "workers", "compile",
+        "checkpoint_activations", "log_every", "preview_every", "save_every", "latent_mean",
+        "latent_std"}
 
 
 def resume(path, stage, config, device, rank, given, init_from=None):
     """Load the checkpoint that `--out` holds, or None. Restores the random numbers.
 
-    The config must be the one of the run, but for the fields in FREE, and so must everything in
-    `given` (the number of samples, the other stages' checksums): a run that goes on with other
-    numbers would be two runs under one name.
+    The config must be the one of the run, but for the fields in FREE (batch_size and accumulate may
+    change if their product does not), and so must everything in `given` (the number of samples, the
+    other stages' checksums): a run that goes on with other numbers would be two under one name.
     """
     if not Path(path).is_file():
         if init_from and rank == 0:
@@ -343,7 +344,9 @@ def resume(path, stage, config, device, rank, given, init_from=None):
     if "optimizer" not in state:
         sys.exit(f"{path}: holds weights without the state of a training, so it cannot be "
                  "continued; give it as --init-from with another --out to begin with its weights")
-    now, then = dataclasses.asdict(config), state["config"]
+    now, then = dataclasses.asdict(config), dict(state["config"])
+    for settings in (now, then):
+        settings["batch-size x accumulate"] = settings["batch_size"] * settings["accumulate"]
     differ = [f"--{name.replace('_', '-')} is {now[name]}, was {then.get(name)}"
               for name in now if name not in FREE and now[name] != then.get(name)]
     differ += [f"{name} is {value}, was {state.get(name)}" for name, value in given.items()
