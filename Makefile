@@ -11,12 +11,12 @@ RUN = runs/demo
 demo: .venv/ready
 	$(BIN)/python data.py shapes --out shards/demo --count 6000
 	$(BIN)/python stage_a.py --preset pocket --data shards/demo --out $(RUN)/stage_a \
-	    --steps 250 --cooldown 150
+	    --steps 200 --cooldown 120
 	$(BIN)/python stage_b.py --preset pocket --data shards/demo --out $(RUN)/stage_b \
-	    --stage-a $(RUN)/stage_a/checkpoint.pt --steps 800 --cooldown 400 --drop-text 0.05
+	    --stage-a $(RUN)/stage_a/checkpoint.pt --steps 700 --cooldown 350 --drop-text 0.05
 	$(BIN)/python stage_c.py --preset pocket --data shards/demo --out $(RUN)/stage_c \
 	    --stage-a $(RUN)/stage_a/checkpoint.pt --stage-b $(RUN)/stage_b/checkpoint.pt \
-	    --steps 500 --cooldown 250
+	    --steps 400 --cooldown 200
 	$(BIN)/python sample.py --weights $(RUN) --out $(RUN)/demo.png --n 4 \
 	    "a large red circle on a white background" "a blue square on a black background" \
 	    "a yellow star above a purple heart" "a green triangle left of a pink cross"
