@@ -1,5 +1,4 @@
 # make demo   environment, built-in data, ten minutes of training on two cores, a PNG of prompts
-#             (so short a Stage B takes the colours from the text: --drop-text as in the paper preset)
 # make test   the same environment, then the tests
 # make pocket trains the weights in pocket/ again, from nothing: 75 minutes on two cores
 PYTHON ?= python3

@@ -320,7 +320,8 @@ def random_state(device):
     return state
 
 
-# what may change when a run goes on: its length, and what is about the machine and the log
+# what may change when a run goes on: its length, and what is about the machine and the log (of
+# batch_size and accumulate the parts, not their product)
 FREE = {"batch_size", "accumulate", "steps", "cooldown", "workers", "compile",
         "checkpoint_activations", "log_every", "preview_every", "save_every", "latent_mean",
         "latent_std"}
@@ -329,9 +330,9 @@ FREE = {"batch_size", "accumulate", "steps", "cooldown", "workers", "compile",
 def resume(path, stage, config, device, rank, given, init_from=None):
     """Load the checkpoint that `--out` holds, or None. Restores the random numbers.
 
-    The config must be the one of the run, but for the fields in FREE (batch_size and accumulate may
-    change if their product does not), and so must everything in `given` (the number of samples, the
-    other stages' checksums): a run that goes on with other numbers would be two under one name.
+    The config must be the one of the run, but for the fields in FREE, and so must everything in
+    `given` (the number of samples, the other stages' checksums): a run that goes on with other
+    numbers would be two runs under one name.
     """
     if not Path(path).is_file():
         if init_from and rank == 0:
