@@ -22,7 +22,7 @@ names, so that its weights load without renaming.
     python stage_a.py --data shards/                         paper size, for a GPU
     python stage_a.py --data shards/shapes --preset pocket   two CPU cores, minutes
 
-A healthy pocket run prints: psnr above 20 after 100 steps and rising, codes_used above .9 after 300.
+A healthy pocket run prints: psnr above 20 after 100 steps and rising, codes_used above .9 at 300.
 """
 
 import sys

@@ -23,8 +23,8 @@ DiffNeXt). Its training was never published; the training here follows the paper
     python stage_b.py --data shards/shapes --preset pocket   two CPU cores, minutes
 
 A healthy pocket run prints: error by noise level near [t<.25 1.2 | .5 .5 | .75 .13 | 1 .06] after
-100 steps and falling at every level. In the previews backgrounds and places are right by step 1,500,
-most colours by 3,500; outlines come last.
+100 steps and falling at every level. In the previews backgrounds and places are right by step
+1,500, most colours by 3,500; outlines come last.
 """
 
 import copy
