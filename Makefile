@@ -1,25 +1,16 @@
-# make demo   environment, built-in data, ten minutes of training on two cores, a PNG of prompts
+# make demo   environment, then a PNG of prompts from the small weights in pocket/
 # make test   the same environment, then the tests
 # make pocket trains the weights in pocket/ again, from nothing: 75 minutes on two cores
 PYTHON ?= python3
 BIN = .venv/bin
-RUN = runs/demo
 
 .PHONY: demo test pocket clean
 
 demo: .venv/ready
-	$(BIN)/python data.py shapes --out shards/demo --count 6000
-	$(BIN)/python stage_a.py --preset pocket --data shards/demo --out $(RUN)/stage_a \
-	    --steps 200 --cooldown 120
-	$(BIN)/python stage_b.py --preset pocket --data shards/demo --out $(RUN)/stage_b \
-	    --stage-a $(RUN)/stage_a/checkpoint.pt --steps 700 --cooldown 350 --drop-text 0.05
-	$(BIN)/python stage_c.py --preset pocket --data shards/demo --out $(RUN)/stage_c \
-	    --stage-a $(RUN)/stage_a/checkpoint.pt --stage-b $(RUN)/stage_b/checkpoint.pt \
-	    --steps 400 --cooldown 200
-	$(BIN)/python sample.py --weights $(RUN) --out $(RUN)/demo.png --n 4 \
+	$(BIN)/python sample.py --out demo.png --n 4 \
 	    "a large red circle on a white background" "a blue square on a black background" \
 	    "a yellow star above a purple heart" "a green triangle left of a pink cross"
-	@echo "The pictures are in $(RUN)/demo.png: one row for each prompt, four tries."
+	@echo "The pictures are in demo.png: one row for each prompt, four tries."
 
 pocket: .venv/ready
 	$(BIN)/python stage_a.py --preset pocket --compile

@@ -176,15 +176,15 @@ def draw_images(chain, latents, prompts, seeds, steps=12, guidance=None, start=N
                 history=None):
     """Stages B and A: standardised compressor latents (B, 16, h, w) -> (B, 3, 128h/3, 128w/3).
 
-    guidance: 4 (§4); 1 for a Stage B of the released kind. start: "tokens" (§3.3); "gaussian" for
-    the released kind. None is that default. Images are about [0, 1], not clamped.
+    guidance: None is Stage B's own (its Config). start: "tokens" (§3.3); "gaussian" for the
+    released kind; None is that default. Images are about [0, 1], not clamped.
     """
     raw = chain.b.config.condition == "raw"
     mean, std = chain.scale
     sem = latents * std + mean if raw else latents
     shape = (len(latents), chain.b.config.latent_channels,
              latents.shape[2] * 32 // 3, latents.shape[3] * 32 // 3)
-    guidance = (1.0 if raw else 4.0) if guidance is None else guidance
+    guidance = chain.b.config.guidance if guidance is None else guidance
     start = ("gaussian" if raw else "tokens") if start is None else start
     noise = generators((seed + 2 ** 31) % 2 ** 32 for seed in seeds)      # not the noise of Stage C
     x = chain.a.random_tokens(shape, noise) if start == "tokens" else None
@@ -326,7 +326,7 @@ def options():
                         metavar="N", help="Stage C steps (60: §4), or `released`: diffusers' 29")
     parser.add_argument("--steps-b", type=int, default=12, help="Stage B steps (12: §4)")
     parser.add_argument("--guidance-c", type=float, default=4.0, help="1 conditional, 0 not (4)")
-    parser.add_argument("--guidance-b", type=float, help="likewise (4: §4; released weights: 1)")
+    parser.add_argument("--guidance-b", type=float, help="likewise (default: the weights' own)")
     parser.add_argument("--start", choices=("tokens", "gaussian"),
                         help="what Stage B starts from: random codebook tokens (§3.3; default) or "
                              "noise (default of released weights)")

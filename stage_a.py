@@ -347,13 +347,12 @@ def train(config, source, out):
     dataset = data.CaptionedImages(source, resize=config.resize, crop=config.crop, seed=config.seed,
                                    filters=data.filters(config))
 
-    model = StageA(config).to(device).train()
-    discriminator = PatchDiscriminator().to(device).train()
+    model = run.synchronised(StageA(config).to(device).train(), world)
+    discriminator = run.synchronised(PatchDiscriminator().to(device).train(), world)
     perceptual = perceptual_network(config.perceptual)
     perceptual = perceptual.to(device) if perceptual else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device.type == "cuda")
-    optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=config.lr,
-                                    fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
+    optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=config.lr, fused=True)
     used = torch.zeros(config.codebook_size, dtype=torch.bool, device=device)
     start, position = 0, (0, 0)
     first = data.CaptionedImages(source, resize=config.resize, crop=config.crop, center=True,

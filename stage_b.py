@@ -9,13 +9,14 @@ whatever helps Stage B most.
     eps_hat = f(x_t, t, sem, text)                                   §3.1
     loss = |eps - eps_hat|^2                                         LDM training, §3.1
 
-    x_t (B, 4, H, W) --unshuffle--> (B, c_0, H/2, W/2) --4 levels down, 4 up--> eps_hat (B, 4, H, W)
+    x_t (B, 4, H, W) --unshuffle--> (B, c_0, H_0, W_0) --4 levels down, 4 up--> eps_hat (B, 4, H, W)
     sem (B, 16, h, w) concatenated in every block of the levels with attention, and attended to
     text (B, L, E)    attended to
 
 Letters: B batch, C c channels, H W Stage A's grid (256x256 for a 1024-px image), h w the
 compressor's grid (24x24), L text tokens, E width of the text encoder, cond the width that text and
-sem are mapped to, H_i W_i and c_i grid and width of level i, t noise level in [0, 1].
+sem are mapped to, H_i W_i and c_i grid (H_0 is H / patch_size) and width of level i, t noise level
+in [0, 1].
 Architecture and attribute names follow the published v2 decoder (dome272/Wuerstchen, modules.py,
 DiffNeXt). Its training was never published; the training here follows the paper.
 
@@ -28,6 +29,7 @@ A healthy pocket run prints: error by noise level near [t<.25 1.2 | .5 .5 | .75 
 """
 
 import copy
+import itertools
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,12 +59,15 @@ class Config:
     condition: str = "standardised"    # ours: scale of sem (released: "raw")
     # loss
     weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 20
-    t_power: float = 1.0               # official code: t as drawn. See `loss`; pocket: 2
+    weight_floor: float = 0.0          # ours, with weight_cap alone; pocket: 0.5
+    t_power: float = 1.0               # official code: t as drawn. See `loss`; pocket: 1.5
+    # sampling
+    guidance: float = 4.0              # paper, §4 (released: 1, that is, off)
     # conditions while training: shares of all samples; noise for a share of the rest
-    drop_both: float = 0.05            # ours: §3.1 gives no numbers
+    drop_both: float = 0.05            # ours: §3.1 gives no numbers; pocket: 0.02
     drop_text: float = 0.05            # ours: as Stage C's, §3.2; pocket: 0.5
-    drop_sem: float = 0.05             # official code (v1), there for whole batches
-    noise_sem: float = 0.3             # official code (v1), there for whole batches
+    drop_sem: float = 0.05             # official code (v1), there for whole batches; pocket: 0.02
+    noise_sem: float = 0.3             # official code (v1), there for whole batches; pocket: 0.1
     noise_sem_t: float = 0.5           # official code (v1): t ~ U(0, 0.5)
     # data
     text_encoder: str = "clip-h"       # paper, §4
@@ -78,6 +83,7 @@ class Config:
     batch_size: int = 16               # ours: 16 x 32 is the 512 of E.2; what fits: unmeasured
     accumulate: int = 32
     lr: float = 1e-4                   # paper, E.2
+    compressor_share: float = 1.0      # of lr, for the compressor. Paper: all of it; pocket: 1/3
     warmup: int = 10_000               # paper, E.2
     cooldown: int = 0                  # ours: linear decay at the end; the paper names none
     grad_clip: float = 1.0             # official code
@@ -96,16 +102,18 @@ PRESETS = {
     # The second phase of E.2, from the checkpoint of the first (--init-from). Warm-up: ours, short,
     # because it begins with a new optimizer.
     "paper-2": Config(image_size=1024, steps=300_000, batch_size=4, warmup=500),   # 4 x 32 = 128
-    "released": Config(attend_to_sem=False, condition="raw", compressor="released"),   # official v2
+    "released": Config(attend_to_sem=False, condition="raw", guidance=1.0,
+                       compressor="released"),                                         # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
-        widths=(32, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
-        dropout=0.0, weight_cap=20.0, t_power=2.0,
+        widths=(96, 160), heads=(3, 5), blocks=(2, 2), patch_size=4, text_width=128, cond_width=64,
+        dropout=0.0, weight_cap=20.0, weight_floor=0.5, t_power=1.5,
         # half of all samples see no text: captions name the colours, and a compressor that can
-        # leave them to the text does not learn to say which object has which
-        drop_text=0.5,
+        # leave them to the text does not learn to say which object has which. Fewer lose the
+        # latent or get it noised, because there is time for few steps
+        drop_text=0.5, drop_both=0.02, drop_sem=0.02, noise_sem=0.1,
         text_encoder="pocket", compressor="pocket", image_size=128, remember=True, accumulate=1,
-        steps=5000, batch_size=32, lr=1e-3, warmup=100, cooldown=1500, workers=1, log_every=20,
-        preview_every=250, save_every=100),
+        steps=5000, batch_size=32, lr=3e-3, compressor_share=1 / 3, warmup=100,
+        cooldown=1500, workers=1, log_every=20, preview_every=250, save_every=100),
 }
 
 
@@ -169,7 +177,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, c))
 
     def forward(self, x):
-        energy = x.norm(p=2, dim=(1, 2), keepdim=True)                    # (B, 1, 1, C)
+        # x.norm in parts, many times faster on a CPU; 1e-12 because sqrt has no gradient at 0
+        energy = (x.square().sum((1, 2), keepdim=True) + 1e-12).sqrt()    # (B, 1, 1, C)
         share = energy / (energy.mean(-1, keepdim=True) + 1e-6)
         return self.gamma * (x * share) + self.beta + x
 
@@ -198,7 +207,11 @@ def timestep_embedding(t, width):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries (B, N, C) over keys and values (B, M, C)."""
+    """Multi-head attention of x (B, N, C) over itself and over conditions (B, M, C).
+
+    Keys and values are made by `read`, those of the conditions apart from x's own: while sampling
+    they are the same at every step and made once.
+    """
 
     def __init__(self, c, heads, dropout):
         super().__init__()
@@ -206,9 +219,15 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])                    # published name: to_out.0
 
-    def forward(self, q, kv):
-        q, k, v = (layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for layer, tokens in ((self.to_q, q), (self.to_k, kv), (self.to_v, kv)))
+    def read(self, tokens):                     # (B, M, C) -> keys, values (B, heads, M, C / heads)
+        return [layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for layer in (self.to_k, self.to_v)]
+
+    def forward(self, x, keys, values):         # (B, N, C), twice (B, heads, M, C / heads)
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
+        own_keys, own_values = self.read(x)
+        k = torch.cat([own_keys, keys], dim=2)                            # (B, heads, N + M, …)
+        v = torch.cat([own_values, values], dim=2)
         # dropout on the attention weights, as in the official code (diffusers drops the output)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)    # (B, heads, N, C / heads)
@@ -254,13 +273,16 @@ class AttnBlock(nn.Module):
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, c))
         self.sem_mapper = nn.Linear(sem_channels, c) if sem_channels else None
 
-    def forward(self, x, text, sem):                    # (B, c, H, W), (B, L, cond), (B, h*w, 16)
-        q = self.norm(x).flatten(2).transpose(1, 2)                       # (B, H*W, c)
-        kv = [q, self.kv_mapper(text)]
+    def read(self, sem, text):                          # (B, h*w, 16), (B, L, cond)
+        tokens = self.kv_mapper(text)
         if self.sem_mapper is not None:
-            kv.append(self.sem_mapper(sem))
-        y = self.attention(q, torch.cat(kv, dim=1))     # keys: (B, H*W + L + h*w, c)
-        return x + y.transpose(1, 2).unflatten(2, x.shape[-2:])
+            tokens = torch.cat([tokens, self.sem_mapper(sem)], dim=1)     # (B, L + h*w, c)
+        return self.attention.read(tokens)      # keys, values (B, heads, L + h*w, c / heads)
+
+    def forward(self, x, sem, text, read=None):         # (B, c, H, W), what `read` made before
+        keys, values = read or self.read(sem, text)
+        y = self.norm(x).flatten(2).transpose(1, 2)                       # (B, H*W, c)
+        return x + self.attention(y, keys, values).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -337,13 +359,25 @@ class StageB(nn.Module):
         nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
         nn.init.zeros_(self.clf[1].weight)
 
-    def forward(self, x_t, t, sem, text):
+    def tokens(self, sem, text):
+        """(B, 16, h, w), (B, L, text_width) -> (B, h*w, 16), (B, L, cond): what is attended to."""
+        return sem.flatten(2).transpose(1, 2), self.seq_norm(self.clip_mapper(text))
+
+    def read(self, sem, text):
+        """sem, text -> (keys, values) of each attention block, in the order of forward."""
+        tokens = self.tokens(sem, text)
+        return [layer.read(*tokens) for level in (*self.down_blocks, *self.up_blocks)
+                for layer in level if isinstance(layer, AttnBlock)]
+
+    def forward(self, x_t, t, sem, text, read=None):
+        """read: what `read` made of the same sem and text, or None."""
         H, W, divisor = *x_t.shape[-2:], self.config.patch_size * 2 ** (len(self.config.widths) - 1)
         if H % divisor or W % divisor:
             raise ValueError(f"Stage B found latents of {H}x{W}, expected multiples of {divisor}")
         t_embedding = timestep_embedding(t, self.config.timestep_width)   # (B, 64)
-        text = self.seq_norm(self.clip_mapper(text))                      # (B, L, cond)
-        sem_tokens = sem.flatten(2).transpose(1, 2)                       # (B, h*w, 16)
+        tokens = self.tokens(sem, text) if read is None else (None, None)
+        reads = iter(read) if read else itertools.repeat(None)
+        sem = sem.float().contiguous(memory_format=torch.channels_last)
 
         def level(x, layers, mapper, skip=None):
             """Run one level; the resized sem joins every block, the skip only the first."""
@@ -353,22 +387,24 @@ class StageB(nn.Module):
                 if isinstance(layer, ResBlock):
                     if mapper is not None and extra is None:              # once the size is known
                         extra = mapper(F.interpolate(                     # official code's options
-                            sem.float(), x.shape[-2:], mode="bicubic", antialias=True,
+                            sem, x.shape[-2:], mode="bicubic", antialias=True,
                             align_corners=True))                          # (B, cond, H_i, W_i)
-                    joined = [part for part in (skip, extra) if part is not None]
-                    condition = (torch.cat(joined, dim=1) if joined else None,)
+                    condition = tuple(part for part in (skip, extra) if part is not None)
+                    if len(condition) > 1:
+                        condition = (torch.cat(condition, dim=1),)
                     skip = None
                 elif isinstance(layer, TimestepBlock):
                     condition = (t_embedding,)
                 elif isinstance(layer, AttnBlock):
-                    condition = (text, sem_tokens)
+                    condition = (*tokens, next(reads))
                 if self.config.checkpoint_activations and self.training:
                     x = checkpoint(layer, x, *condition, use_reentrant=False)
                 else:
                     x = layer(x, *condition)
             return x
 
-        x = self.embedding(x_t)                                           # (B, c_0, H/2, W/2)
+        x = self.embedding(x_t)                                           # (B, c_0, H_0, W_0)
+        x = x.contiguous(memory_format=torch.channels_last)     # the blocks' (B, h, w, c): no copy
         skips = []
         for layers, mapper in zip(self.down_blocks, self.effnet_mappers):
             x = level(x, layers, mapper)
@@ -388,9 +424,9 @@ class StageB(nn.Module):
 def drop_and_noise(sem, text, null_text, config, mean=0.0, std=1.0):
     """Make the conditions imperfect, each sample by itself, as sampling will find them (§3.1).
 
-    5 % lose both (the unconditional branch of guidance), 5 % the text (pocket: 50 %), 5 % sem; of
-    the rest, 30 % get sem noised to a level t ~ U(0, 0.5), because Stage C's latents will not be
-    perfect. The model is not told the level.
+    5 % lose both (the unconditional branch of guidance), 5 % the text, 5 % sem; of the rest, 30 %
+    get sem noised to a level t ~ U(0, 0.5), because Stage C's latents will not be perfect. The
+    model is not told the level. (pocket: 2, 50, 2 and 10 %)
     sem: (B, 16, h, w) standardised. mean, std: the scale Stage B reads, (-1, 42) for released
     weights. null_text: (1, L, E), tokens of the empty caption. Returns (sem, text).
     """
@@ -415,7 +451,7 @@ def loss(model, x_0, sem, text, t=None, noise=None, record=None):
     unweighted error), both (B,). Returns a scalar.
     """
     if t is None:
-        # departs (pocket): drawn nearer to t = 1 (t_power 2: half of all t are above .75). Flat
+        # departs (pocket): drawn nearer to t = 1 (t_power 1.5: half of all t are above .69). Flat
         # drawings can be denoised from x_t alone except there: there the conditions are learned.
         t = 1 - (1 - draw_t(len(x_0), x_0.device)) ** model.config.t_power
     noise = torch.randn_like(x_0) if noise is None else noise
@@ -425,9 +461,11 @@ def loss(model, x_0, sem, text, t=None, noise=None, record=None):
         record.append((t.detach(), error.detach()))
     if model.config.weight_cap:
         # departs (pocket): the error is measured in x_0, which is (1 - alpha_bar) / alpha_bar times
-        # that in eps, up to a cap. Near t = 1 an error in eps barely shows whether x_0 is right.
+        # that in eps, up to a cap: near t = 1 an error in eps barely shows whether x_0 is right.
+        # And down to a floor: near t = 0 it is the error in eps that keeps outlines sharp.
         a_bar = alpha_bar(t)
-        error = ((1 - a_bar) / a_bar).clamp(max=model.config.weight_cap) * error
+        weight = ((1 - a_bar) / a_bar).clamp(model.config.weight_floor, model.config.weight_cap)
+        error = weight * error
     return error.mean()
 
 
@@ -447,14 +485,16 @@ def ddpm_sample(model, shape, sem, text, null_sem, null_text, steps=12, guidance
     """
     device = next(model.parameters()).device
     x = randn(shape, generator, device) if x is None else x
-    null_sem, null_text = null_sem.expand_as(sem), null_text.expand_as(text)
+    if guidance != 1:                                   # one batch: conditional, unconditional
+        sem = torch.cat([sem, null_sem.expand_as(sem)])
+        text = torch.cat([text, null_text.expand_as(text)])
+    read = model.read(sem, text)                                          # once, not at every step
     levels = torch.linspace(1, 0, steps + 1, device=device)
     for t, t_next in zip(levels[:-1], levels[1:]):
         if guidance == 1:
-            eps_hat = model(x, t.expand(len(x)), sem, text)
+            eps_hat = model(x, t.expand(len(x)), sem, text, read)
         else:
-            both = model(torch.cat([x, x]), t.expand(2 * len(x)), torch.cat([sem, null_sem]),
-                         torch.cat([text, null_text]))
+            both = model(torch.cat([x, x]), t.expand(2 * len(x)), sem, text, read)
             conditional, null = both.chunk(2)
             eps_hat = null + guidance * (conditional - null)
         a_bar, a_bar_next = alpha_bar(t), alpha_bar(t_next)
@@ -532,9 +572,13 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
         semantic_compressor.imagenet_weights(compressor)
     ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False)
                            for net in (model, compressor))
+    # After its average was copied: that one is measured by the first process alone (`settle`).
+    compressor = run.synchronised(compressor, world)
     parameters = [*model.parameters(), *compressor.parameters()]
-    # departs: torch's betas (0.9, 0.999); the official code gives Stage B (0.9, 0.95)
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        [dict(params=model.parameters(), share=1.0),
+         dict(params=compressor.parameters(), share=config.compressor_share)],     # of lr
+        lr=config.lr, betas=(0.9, 0.95), fused=True)                      # betas: official code
     start, position = 0, (0, 0)
     if state:
         model.load_state_dict(state["model"])
@@ -547,7 +591,8 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
         torch.manual_seed(config.seed + rank)                             # other noise on each rank
     if config.compile:
         model.compile()                                               # in place: names stay clean
-        compressor.compile()
+        if world == 1:                                                # synchronised norms: eagerly
+            compressor.compile()
 
     batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
                           0 if config.remember else config.workers)
@@ -588,7 +633,7 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
         # lr, step
         lr = run.learning_rate(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         if not guard.is_bad(grad, step):
             optimizer.step()
             # EMA

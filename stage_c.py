@@ -177,7 +177,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, c))
 
     def forward(self, x):
-        energy = x.norm(p=2, dim=(1, 2), keepdim=True)                    # (B, 1, 1, C)
+        # x.norm in parts, many times faster on a CPU; 1e-12 because sqrt has no gradient at 0
+        energy = (x.square().sum((1, 2), keepdim=True) + 1e-12).sqrt()    # (B, 1, 1, C)
         share = energy / (energy.mean(-1, keepdim=True) + 1e-6)
         return self.gamma * (x * share) + self.beta + x
 
@@ -206,7 +207,11 @@ def timestep_embedding(t, width):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries (B, N, C) over keys and values (B, M, C)."""
+    """Multi-head attention of x (B, N, C) over itself and over conditions (B, M, C).
+
+    Keys and values are made by `read`, those of the conditions apart from x's own: while sampling
+    they are the same at every step and made once.
+    """
 
     def __init__(self, c, heads, dropout):
         super().__init__()
@@ -214,9 +219,15 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])                    # published name: to_out.0
 
-    def forward(self, q, kv):
-        q, k, v = (layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for layer, tokens in ((self.to_q, q), (self.to_k, kv), (self.to_v, kv)))
+    def read(self, tokens):                     # (B, M, C) -> keys, values (B, heads, M, C / heads)
+        return [layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for layer in (self.to_k, self.to_v)]
+
+    def forward(self, x, keys, values):         # (B, N, C), twice (B, heads, M, C / heads)
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
+        own_keys, own_values = self.read(x)
+        k = torch.cat([own_keys, keys], dim=2)                            # (B, heads, N + M, …)
+        v = torch.cat([own_values, values], dim=2)
         # dropout on the attention weights, as in the official code (diffusers drops the output)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)    # (B, heads, N, C / heads)
@@ -254,10 +265,13 @@ class AttnBlock(nn.Module):
         self.attention = Attention(c, heads, dropout)
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c, c))
 
-    def forward(self, x, text):                                           # (B, D, h, w), (B, L, D)
-        q = self.norm(x).flatten(2).transpose(1, 2)                       # (B, h*w, D)
-        kv = torch.cat([q, self.kv_mapper(text)], dim=1)                  # (B, h*w + L, D)
-        return x + self.attention(q, kv).transpose(1, 2).unflatten(2, x.shape[-2:])
+    def read(self, text):                       # (B, L, D) -> keys, values (B, heads, L, D / heads)
+        return self.attention.read(self.kv_mapper(text))
+
+    def forward(self, x, text, read=None):      # (B, D, h, w), (B, L, D), what `read` made before
+        keys, values = read or self.read(text)
+        y = self.norm(x).flatten(2).transpose(1, 2)                       # (B, h*w, D)
+        return x + self.attention(y, keys, values).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -310,16 +324,24 @@ class StageC(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.out[1].weight)         # A = B = 0: see ab_to_eps
 
-    def forward(self, x_t, t, text):
-        t_embedding = timestep_embedding(t, self.config.timestep_width)   # (B, 64)
+    def read(self, text):
+        """(B, L, text_width) -> (keys, values) of each attention block, in the order of forward."""
         text = self.cond_mapper(text)                                     # (B, L, D)
+        return [block.read(text) for block in self.blocks if isinstance(block, AttnBlock)]
+
+    def forward(self, x_t, t, text, read=None):
+        """read: what `read` made of the same text, or None."""
+        t_embedding = timestep_embedding(t, self.config.timestep_width)   # (B, 64)
+        text = self.cond_mapper(text) if read is None else None           # (B, L, D)
+        reads = iter(read or [None] * self.config.depth)
         x = self.projection(x_t)                                          # (B, D, h, w)
+        x = x.contiguous(memory_format=torch.channels_last)     # the blocks' (B, h, w, D): no copy
         for block in self.blocks:
             condition = ()                                                # of a ResBlock
             if isinstance(block, TimestepBlock):
                 condition = (t_embedding,)
             elif isinstance(block, AttnBlock):
-                condition = (text,)
+                condition = (text, next(reads))
             if self.config.checkpoint_activations and self.training:
                 x = checkpoint(block, x, *condition, use_reentrant=False)
             else:
@@ -370,14 +392,16 @@ def ddpm_sample(model, shape, text, null_text, steps=60, guidance=4.0, x=None, g
     """
     device = next(model.parameters()).device
     x = randn(shape, generator, device) if x is None else x
-    null_text = null_text.expand_as(text)
+    if guidance != 1:                                   # one batch: conditional, unconditional
+        text = torch.cat([text, null_text.expand_as(text)])
+    read = model.read(text)                                               # once, not at every step
     levels = torch.linspace(1, 0, steps + 1) if isinstance(steps, int) else torch.tensor(steps)
     levels = levels.to(device)
     for t, t_next in zip(levels[:-1], levels[1:]):
         if guidance == 1:
-            eps_hat = model(x, t.expand(len(x)), text)
+            eps_hat = model(x, t.expand(len(x)), text, read)
         else:
-            both = model(torch.cat([x, x]), t.expand(2 * len(x)), torch.cat([text, null_text]))
+            both = model(torch.cat([x, x]), t.expand(2 * len(x)), text, read)
             conditional, null = both.chunk(2)
             eps_hat = null + guidance * (conditional - null)
         a_bar, a_bar_next = alpha_bar(t), alpha_bar(t_next)
@@ -454,7 +478,7 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
     torch.manual_seed(config.seed)
     model = StageC(config).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
     start, position = 0, (0, 0)
     given = dict(samples=len(dataset), compressor=run.checksum(compressor.state_dict()),
                  text_encoder=dict(name=encoder.name, checksum=encoder.checksum))

@@ -43,8 +43,8 @@ TINY_A = replace(stage_a.PRESETS["pocket"], widths=(8, 16), decoder_blocks=1, co
                  steps=4, batch_size=4, warmup=1, cooldown=0, workers=0, log_every=1,
                  preview_every=100, save_every=2)
 TINY_B = replace(stage_b.PRESETS["pocket"], widths=(8, 16, 16), heads=(0, 2, 2), blocks=(1, 1, 2),
-                 cond_width=8, steps=4, batch_size=4, warmup=1, cooldown=0, log_every=1,
-                 preview_every=100, save_every=2)
+                 patch_size=2, cond_width=8, steps=4, batch_size=4, warmup=1, cooldown=0,
+                 log_every=1, preview_every=100, save_every=2)
 TINY_C = replace(stage_c.PRESETS["pocket"], width=32, depth=2, heads=4, steps=4, batch_size=4,
                  warmup=1, cooldown=0, log_every=1, preview_every=100, save_every=2)
 TEXT = (24, 128)                                            # tokens and width of the pocket encoder
@@ -275,16 +275,16 @@ def test_loss_is_weighted_by_p2():
 
 
 def test_stage_b_weight():
-    """Stage B's loss is the error of the noise; with a cap, the error in x_0 up to the cap."""
+    """Stage B's loss is the error of the noise; with a cap, the error in x_0 within bounds."""
     class Fixed(nn.Module):
         config = replace(TINY_B, weight_cap=0.0)
 
         def forward(self, x_t, t, sem, text):
             return torch.zeros_like(x_t)
-    model, x_0, t = Fixed(), torch.zeros(2, 4, 4, 4), torch.tensor([0.5, 0.99])
+    model, x_0, t = Fixed(), torch.zeros(3, 4, 4, 4), torch.tensor([0.05, 0.5, 0.99])
     assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0)), torch.tensor(1.0))
-    model.config = replace(TINY_B, weight_cap=20.0)         # (1 - a) / a at t = .5 is 0.506 / 0.494
-    expected = torch.tensor((0.5060 / 0.4940 + 20) / 2)
+    model.config = replace(TINY_B, weight_cap=20.0, weight_floor=0.5)
+    expected = torch.tensor((0.5 + 0.5060 / 0.4940 + 20) / 3)     # a is 0.494 at t = .5
     assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0)), expected,
                  atol=1e-3, rtol=0)
     assert stage_b.PRESETS["paper"].weight_cap == stage_b.PRESETS["released"].weight_cap == 0
@@ -315,6 +315,9 @@ class Oracle(nn.Module):
         super().__init__()
         self.module, self.x_0, self.weight = module, x_0, nn.Parameter(torch.zeros(()))
 
+    def read(self, *conditions):
+        return conditions[-1]
+
     def forward(self, x_t, t, *conditions):
         a = self.module.alpha_bar(t).view(-1, 1, 1, 1)
         return (x_t - a.sqrt() * self.x_0) / (1 - a).sqrt()
@@ -339,6 +342,9 @@ class Conditional(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
 
+    def read(self, *conditions):
+        return conditions[-1]
+
     def forward(self, x_t, t, *conditions):
         return torch.ones_like(x_t) * conditions[-1].mean((1, 2)).view(-1, 1, 1, 1)
 
@@ -359,6 +365,52 @@ def test_guidance(module):
     strong = end(text, null, 4)
     assert_close(strong, unconditional + 4 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
     assert (strong - unconditional).abs().amin((0, 2, 3)).min() > 0.01    # no channel left out
+
+
+@pytest.mark.parametrize("module", [stage_b, stage_c])
+def test_conditions_are_read_once(module, monkeypatch):
+    """`read` is called once per sampling, and what it returns gives the same as the tokens."""
+    config = {stage_b: TINY_B, stage_c: TINY_C}[module]
+    model = shake({stage_b: stage_b.StageB, stage_c: stage_c.StageC}[module](config)).eval()
+    x, t = torch.randn(2, *((4, 16, 16) if module is stage_b else (16, 3, 3))), torch.rand(2)
+    text = torch.randn(2, *TEXT)
+    sem = (torch.randn(2, 16, 3, 3),) if module is stage_b else ()
+    with torch.no_grad():
+        assert torch.equal(model(x, t, *sem, text), model(x, t, *sem, text, model.read(*sem, text)))
+        assert not torch.equal(model(x, t, *sem, text),
+                               model(x, t, *sem, text, model.read(*sem, -text)))
+    calls, read = [], model.read
+    monkeypatch.setattr(model, "read", lambda *given: calls.append(len(given[0])) or read(*given))
+    for guidance in (1, 2):
+        module.ddpm_sample(model, x.shape, *sem, text, *sem, text[:1], 3, guidance)
+    assert calls == [2, 4]
+
+
+CHANNELS_LAST = torch.channels_last
+
+
+@pytest.mark.parametrize("module", [stage_b, stage_c])
+def test_channels_last_changes_nothing(module, monkeypatch):
+    """Memory format is speed, not arithmetic: outputs and gradients agree to rounding."""
+    config = {stage_b: TINY_B, stage_c: TINY_C}[module]
+    model = shake({stage_b: stage_b.StageB, stage_c: stage_c.StageC}[module](config)).eval()
+    x, t = torch.randn(2, *((4, 16, 16) if module is stage_b else (16, 6, 5))), torch.rand(2)
+    sem = (torch.randn(2, 16, 3, 3),) if module is stage_b else ()
+    text, found = torch.randn(2, *TEXT), []
+    given = []                                          # is what a ResBlock gets channels-last?
+    block = next(layer for layer in model.modules() if isinstance(layer, module.ResBlock))
+    block.register_forward_pre_hook(lambda _, inputs: given.append(
+        all(one.is_contiguous(memory_format=CHANNELS_LAST) for one in inputs if one is not None)))
+    for memory_format in (CHANNELS_LAST, torch.contiguous_format):
+        monkeypatch.setattr(torch, "channels_last", memory_format)
+        model.zero_grad()
+        out = model(x, t, *sem, text)
+        out.square().mean().backward()
+        found.append((out.detach(), [p.grad.clone() for p in model.parameters()]))
+    assert given == [True, False]
+    assert_close(*[one[0] for one in found], atol=1e-4, rtol=1e-4)
+    for one, two in zip(found[0][1], found[1][1]):
+        assert_close(one, two, atol=1e-4 * max(1.0, one.abs().max().item()), rtol=1e-3)
 
 
 @pytest.mark.parametrize("module", [stage_b, stage_c])
@@ -732,6 +784,46 @@ def test_sigkill(chain, drawings, tmp_path):
     done = command(*arguments)
     assert f"going on from {tmp_path}/killed/checkpoint.pt at step {step}" in done.stdout
     same_checkpoint(tmp_path / "killed/checkpoint.pt", tmp_path / "whole/checkpoint.pt")
+
+
+KEYED = """
+import json, sys, zlib
+from dataclasses import replace
+import torch, stage_c
+steps, plain = 0, stage_c.loss
+def keyed(model, x_0, text, record=None):        # randomness by (step, sample), not by process
+    global steps
+    steps += 1
+    streams = [torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes()) + steps)
+               for row in x_0]
+    t = torch.cat([torch.rand(1, generator=one) for one in streams])
+    return plain(model, x_0, text, t, stage_c.randn(x_0.shape, streams), record=record)
+stage_c.loss = keyed
+stage_c.train(replace(stage_c.PRESETS["pocket"], **json.loads(sys.argv[1])), *sys.argv[2:])
+"""
+
+
+def test_two_processes_are_one_with_both_batches(chain, drawings, tmp_path):
+    """torchrun with 2 x 2 images trains as one process with 4: same losses, same weights."""
+    (tmp_path / "keyed.py").write_text(KEYED)
+    weights = [str(chain / f"stage_{stage}/checkpoint.pt") for stage in "ab"]
+    launchers = {1: [], 2: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+    logs, states = [], []
+    for world, launcher in launchers.items():
+        config = {name: value for name, value in vars(replace(
+            TINY_C, text_drop=0.0, batch_size=4 // world)).items()
+            if value != getattr(stage_c.PRESETS["pocket"], name)}
+        out = tmp_path / str(world)
+        done = command(*launcher, tmp_path / "keyed.py", json.dumps(config), drawings, out,
+                       *weights, env=dict(os.environ, PYTHONPATH=str(HERE), OMP_NUM_THREADS="1"))
+        assert ("per process" in done.stdout) == (world == 2)
+        logs.append([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()])
+        states.append(torch.load(out / "checkpoint.pt", weights_only=True))
+    assert states[0]["position"] == states[1]["position"]
+    for one, two in zip(*logs):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    for name, value in states[0]["model"].items():
+        assert_close(value, states[1]["model"][name], atol=2e-5, rtol=1e-4)
 
 
 def test_interrupt_saves(drawings, tmp_path):
@@ -1396,6 +1488,7 @@ def test_ranks_share_the_global_batch(shards):
     two = [take(data.stream(dataset, 3, seed=1, rank=rank, world=2), 5) for rank in (0, 1)]
     for whole, left, right in zip(one, *two):
         assert whole["indices"] == left["indices"] + right["indices"]
+        assert not set(left["keys"]) & set(right["keys"])
         assert whole["position"] == left["position"] == right["position"]
 
 
@@ -1545,6 +1638,19 @@ def test_bad_clip_files(tmp_path):
     for name in ("a.safetensors", "b.bin", "c.pt", "d.pt", "gone.pt"):
         with pytest.raises(data.DataError, match="--clip"):
             data.text_encoder("clip-h", weights=tmp_path / name)
+
+
+# ---- experiments/efficiency.py -------------------------------------------------------------------
+
+def test_work_of_the_recipe():
+    """The floating-point operations of E.3 with the released Stage C, and the paper's share."""
+    from experiments import efficiency
+    found = efficiency.projection(0.4)
+    assert found["flop"] == pytest.approx(2.71e21, rel=0.01)
+    per_image = [phase["flop"] / phase["images"] / 1e12 for phase in found["phases"]]
+    assert per_image[:2] == pytest.approx([0.91, 3.46], abs=0.01)
+    assert found["paper_share_of_nominal"] == pytest.approx(0.098, abs=0.001)
+    assert found["a100_hours"] == pytest.approx(2.71e21 / (0.4 * 312e12) / 3600, rel=0.01)
 
 
 # ---- the checker of experiments/prompt_accuracy.py -----------------------------------------------
@@ -1903,7 +2009,7 @@ def test_released_architecture_trains_and_leaves(published, chain, drawings, tmp
     (runs / "stage_a").symlink_to(chain / "stage_a")
     a, b = runs / "stage_a/checkpoint.pt", runs / "stage_b/checkpoint.pt"
     stage_b.train(replace(TINY_B, attend_to_sem=False, condition="raw", text_encoder="clip-h",
-                          text_width=32), drawings, runs / "stage_b", a, clip)
+                          text_width=32, guidance=1.0), drawings, runs / "stage_b", a, clip)
     stage_c.train(replace(TINY_C, text_encoder="clip-bigg", text_width=48), drawings,
                   runs / "stage_c", a, b, clip)
     quick = ["a red star", "--steps-c", "2", "--steps-b", "2", "--size", "128x128"]

@@ -153,6 +153,15 @@ def setup(seed):
     return device, rank, world
 
 
+def synchronised(model, world):
+    """On several GPUs BatchNorm uses the batch of all processes. torch has no such layer for CPUs:
+    there each process uses its own batch, and the first one's statistics are saved.
+    """
+    if world > 1 and torch.cuda.is_available():
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
 def average_gradients(parameters, world):
     """Average the gradients over all processes, once per optimizer step.
 
@@ -324,7 +333,7 @@ def random_state(device):
 # batch_size and accumulate the parts, not their product)
 FREE = {"batch_size", "accumulate", "steps", "cooldown", "workers", "compile",
         "checkpoint_activations", "log_every", "preview_every", "save_every", "latent_mean",
-        "latent_std"}
+        "latent_std", "guidance"}
 
 
 def resume(path, stage, config, device, rank, given, init_from=None):
@@ -334,7 +343,13 @@ def resume(path, stage, config, device, rank, given, init_from=None):
     `given` (the number of samples, the other stages' checksums): a run that goes on with other
     numbers would be two runs under one name.
     """
-    if not Path(path).is_file():
+    found = torch.tensor(float(Path(path).is_file()), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(found)
+        if found.item() not in (0, dist.get_world_size()):
+            sys.exit(f"{path}: some processes find it and others do not; --out has to be on a disk "
+                     "that all machines share")
+    if not found:
         if init_from and rank == 0:
             print(f"a new run at step 0 with the weights of {init_from}, and with nothing else of "
                   "it: not its optimizer, schedule or place in the data", flush=True)
@@ -490,6 +505,11 @@ class Log:
         seconds = time.perf_counter() - self.clock
         numbers["images_per_s"] = self.images / max(seconds, 1e-9)
         self.images, self.clock = 0, time.perf_counter()
+        if self.world > 1:            # each process has the loss of its batch (levels: rank 0's)
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            total = torch.tensor(numbers["loss"], device=device)
+            dist.all_reduce(total)
+            numbers["loss"] = total.item() / self.world
         if self.rank:
             return
         loss, rate = numbers["loss"], numbers["images_per_s"]
@@ -501,7 +521,8 @@ class Log:
         rest = "".join(f"  {name} {value:.3g}" for name, value in numbers.items()
                        if name not in ("loss", "images_per_s", "mse_by_t"))
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s", refresh=False)
-        tqdm.write(f"step {step}  loss {loss:.4f}{bins}{rest}  {rate:.0f} img/s")
+        each = f" ({rate / self.world:.0f} per process)" if self.world > 1 else ""
+        tqdm.write(f"step {step}  loss {loss:.4f}{bins}{rest}  {rate:.0f} img/s{each}")
         sys.stdout.flush()
         with open(self.path, "a") as file:                # NaN is not JSON: an empty bin is null
             file.write(json.dumps({"step": step, **numbers}).replace("NaN", "null") + "\n")

@@ -48,8 +48,8 @@ def provenance(state, preset, stage):
     """How this stage was trained: the command, as what differs from the preset `pocket`."""
     config, flags = state["config"], []
     for name, value in asdict(preset).items():
-        if config[name] != value and name not in ("latent_mean", "latent_std"):
-            given = config[name]
+        given = config.get(name, value)
+        if given != value and name not in ("latent_mean", "latent_std"):
             text = ",".join(map(str, given)) if isinstance(given, tuple) else str(given)
             flags.append(f"--{name.replace('_', '-')} {text}".removesuffix(" True"))
     return dict(command=" ".join([f"python stage_{stage}.py --preset pocket", *flags]),
