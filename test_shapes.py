@@ -787,14 +787,13 @@ def test_sigkill(chain, drawings, tmp_path):
 
 
 KEYED = """
-import json, sys, zlib
+import itertools, json, sys, zlib
 from dataclasses import replace
 import torch, stage_c
-steps, plain = 0, stage_c.loss
+steps, plain = itertools.count(1), stage_c.loss
 def keyed(model, x_0, text, record=None):        # randomness by (step, sample), not by process
-    global steps
-    steps += 1
-    streams = [torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes()) + steps)
+    step = next(steps)
+    streams = [torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes()) + step)
                for row in x_0]
     t = torch.cat([torch.rand(1, generator=one) for one in streams])
     return plain(model, x_0, text, t, stage_c.randn(x_0.shape, streams), record=record)
