@@ -6,6 +6,7 @@ Each test's one-line docstring is its claim. The README's table "Break it" names
 the stage files and the test that fails for each.
 """
 
+import copy
 import inspect
 import io
 import itertools
@@ -411,6 +412,27 @@ def test_channels_last_changes_nothing(module, monkeypatch):
     assert_close(*[one[0] for one in found], atol=1e-4, rtol=1e-4)
     for one, two in zip(found[0][1], found[1][1]):
         assert_close(one, two, atol=1e-4 * max(1.0, one.abs().max().item()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("module", [stage_b, stage_c])
+def test_compiled_changes_nothing(module):
+    """`--compile` is speed, not arithmetic: outputs and gradients agree to rounding."""
+    config = {stage_b: replace(TINY_B, widths=(8, 16), heads=(0, 2), blocks=(1, 1)),
+              stage_c: replace(TINY_C, depth=1)}[module]
+    model = shake({stage_b: stage_b.StageB, stage_c: stage_c.StageC}[module](config))
+    fast = copy.deepcopy(model)
+    fast.compile()                                      # in place, as the stages do
+    x, t = torch.randn(2, *((4, 16, 16) if module is stage_b else (16, 6, 5))), torch.rand(2)
+    sem = (torch.randn(2, 16, 3, 3),) if module is stage_b else ()
+    text, found = torch.randn(2, *TEXT), []
+    for one in (model, fast):
+        out = one(x, t, *sem, text)
+        out.square().mean().backward()
+        found.append((out.detach(), [p.grad for p in one.parameters()]))
+    assert fast._compiled_call_impl is not None and model._compiled_call_impl is None
+    for one, two in zip([found[0][0], *found[0][1]], [found[1][0], *found[1][1]]):
+        assert_close(one, two, atol=1e-4 * max(1.0, one.abs().max().item()), rtol=1e-3)
+    assert list(fast.state_dict()) == list(model.state_dict())            # names stay clean
 
 
 @pytest.mark.parametrize("module", [stage_b, stage_c])
