@@ -34,6 +34,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models import efficientnet as tv   # not later: torch 2.6 cannot while on "meta"
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -63,7 +64,6 @@ PRESETS = {
 
 def efficientnet_features(name):
     """The convolutional part of an EfficientNetV2, stride 32, and its number of output channels."""
-    from torchvision.models import efficientnet as tv
     if name == "efficientnet_v2_s":
         return tv.efficientnet_v2_s(weights=None).features, 1280
     if name != "narrow":
@@ -121,9 +121,8 @@ def resize(images):
 
 def imagenet_weights(model):
     """Fill the backbone with torchvision's ImageNet weights (§3.1; a download)."""
-    from torchvision.models import EfficientNet_V2_S_Weights
     try:
-        state = EfficientNet_V2_S_Weights.DEFAULT.get_state_dict(progress=True)
+        state = tv.EfficientNet_V2_S_Weights.DEFAULT.get_state_dict(progress=True)
     except OSError as error:                                              # URLError is an OSError
         sys.exit(f"the ImageNet weights of EfficientNetV2-S could not be downloaded ({error}); go "
                  "online once, or put efficientnet_v2_s-dd5fe13b.pth into the folder "
