@@ -23,9 +23,9 @@ DiffNeXt). Its training was never published; the training here follows the paper
     python stage_b.py --data shards/                         paper size, for a GPU
     python stage_b.py --data shards/shapes --preset pocket   two CPU cores, minutes
 
-A healthy pocket run prints: error by noise level near [t<.25 .8 | .5 .3 | .75 .09 | 1 .01] after 100
-steps and falling at every level. In the previews backgrounds and places are right by step 1,000,
-most colours by 3,500, first outlines at 6,000 (with more --steps); they take longest.
+A healthy pocket run prints: error by noise level near [t<.25 .8 | .5 .3 | .75 .09 | 1 .01] after
+100 steps and falling at every level. In the previews backgrounds and places are right by step
+1,000, most colours by 3,500, first outlines at 6,000 (with more --steps); they take longest.
 """
 
 import copy

@@ -16,7 +16,8 @@ one process in alternating turns; reported are the median, the least and the mos
 
 --against diffusers puts diffusers' modules with the same weights beside ours (`pip install
 diffusers webdataset matplotlib`: requirements-dev.txt). Writes efficiency.json, efficiency.md and
-efficiency.png into --out; a later run adds to what is there.
+efficiency.png into --out; a later run adds to what is there. After --minutes (8) no other
+measurement begins, and what is left out is named.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import functools
 import gc
 import io
 import json
+import math
 import platform
 import statistics
 import sys
@@ -72,8 +74,11 @@ def fresh():
         torch.cuda.empty_cache()
 
 
-def seconds(functions, device, turns, warm=2):
-    """{name: function} -> {name: [seconds of each turn]}; the functions take turns."""
+def seconds(functions, device, turns, warm=2, until=math.inf):
+    """{name: function} -> {name: [seconds of each turn]}; the functions take turns.
+
+    until: by time.perf_counter(); from then on no other turn begins, but for the first.
+    """
     def once(function):
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -89,7 +94,17 @@ def seconds(functions, device, turns, warm=2):
     for _ in tqdm(range(turns), desc=" / ".join(functions), unit="turn", leave=False):
         for name, function in functions.items():
             found[name].append(once(function))
+        if time.perf_counter() > until:
+            break
     return found
+
+
+def late(settings, what):
+    """Whether --minutes are over; then `what` is left out, and this says so."""
+    over = time.perf_counter() > settings.until
+    if over:
+        print(f"{what}: left out, the {settings.minutes:g} minutes (--minutes) are over")
+    return over
 
 
 def summary(times, per=1):
@@ -230,7 +245,8 @@ def train_stage_c(config, grid, batch, device, settings, best):
         with torch.no_grad():
             ours, its = (models[name].eval()(x_0, t, text) for name in ("eager", "diffusers eager"))
         rows["worst_difference"] = ((ours - its).abs().max() / ours.abs().max()).item()
-    times = seconds({name: step(one) for name, one in models.items()}, device, settings.turns)
+    times = seconds({name: step(one) for name, one in models.items()}, device, settings.turns,
+                    until=settings.until)
     for name, one in times.items():
         rows[name] = dict(summary(one, batch),
                           share_of_peak=batch * work(config, grid) / statistics.median(one) / best)
@@ -243,7 +259,8 @@ def train_pocket(device, settings):
 
     def timed(steps, batch):
         return {name: summary(times, batch)
-                for name, times in seconds(steps, device, settings.turns).items()}
+                for name, times in seconds(steps, device, settings.turns,
+                                           until=settings.until).items()}
     a, b = stage_a.PRESETS["pocket"], stage_b.PRESETS["pocket"]
     c = stage_c.PRESETS["pocket"]
     images = torch.rand(a.batch_size, 3, a.crop, a.crop, device=device)
@@ -296,6 +313,8 @@ def sample_stages(config, preset, device, settings):
         b = stage_b.StageB(stage_b.PRESETS[preset]).to(device).eval().requires_grad_(False)
         a = stage_a.StageA(stage_a.PRESETS[preset]).to(device).eval().requires_grad_(False)
     for batch in settings.batches:
+        if late(settings, f"sampling {batch} pictures at once"):
+            break
         fresh()
         chains = {name: dict(C=one) for name, one in variants(model, settings.against).items()}
         if preset:
@@ -318,7 +337,7 @@ def sample_stages(config, preset, device, settings):
         if preset:
             latents = torch.randn(batch, 4, image // 4, image // 4, device=device)
             jobs["A eager"] = lambda: a.decode(latents)
-        times = seconds(jobs, device, settings.turns, warm=1)
+        times = seconds(jobs, device, settings.turns, warm=1, until=settings.until)
         rows = {name: summary(one, batch) for name, one in times.items()}
         for name in ("eager", "compiled") if preset else ():
             rows[f"all {name}"] = dict(seconds=sum(
@@ -490,6 +509,8 @@ def main():
     parser.add_argument("--image-size", type=int, help="sampled (pocket 128, else 1024)")
     parser.add_argument("--steps-c", type=int, default=60)
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=8,
+                        help="begin nothing more after them, and say what is left out (8)")
     parser.add_argument("--out", default="runs/efficiency", type=Path)
     settings = parser.parse_args()
     settings.batches = [int(part) for part in settings.batches.split(",")]
@@ -500,6 +521,7 @@ def main():
     report = json.loads(path.read_text()) if path.exists() else {}
     config, preset = SIZES[settings.size]
     begin = time.time()
+    settings.until = time.perf_counter() + 60 * settings.minutes
     entry = dict(machine=name_of(device), torch=torch.__version__.partition("+")[0],
                  date=time.strftime("%Y-%m-%d"), command=" ".join(sys.argv))
     if "train" in parts:
@@ -510,6 +532,8 @@ def main():
         else:
             entry["train"] = {}
             for side in settings.grids.split(","):
+                if entry["train"] and late(settings, f"training on {side}x{side} latents"):
+                    break
                 grid = (int(side), int(side))
                 entry["train"][f"C {side}x{side}, batch {settings.batch_size}"] = train_stage_c(
                     config, grid, settings.batch_size, device, settings, best)
