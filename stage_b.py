@@ -462,7 +462,7 @@ def loss(model, x_0, sem, text, t=None, noise=None, record=None):
     if model.config.weight_cap:
         # departs (pocket): the error is measured in x_0, which is (1 - alpha_bar) / alpha_bar times
         # that in eps, up to a cap: near t = 1 an error in eps barely shows whether x_0 is right.
-        # And down to a floor: near t = 0 it is the error in eps that keeps outlines sharp.
+        # And down to a floor, so that the levels near t = 0, where the factor is small, count too.
         a_bar = alpha_bar(t)
         weight = ((1 - a_bar) / a_bar).clamp(model.config.weight_floor, model.config.weight_cap)
         error = weight * error

@@ -16,8 +16,8 @@ one process in alternating turns; reported are the median, the least and the mos
 
 --against diffusers puts diffusers' modules with the same weights beside ours (`pip install
 diffusers webdataset matplotlib`: requirements-dev.txt). Writes efficiency.json, efficiency.md and
-efficiency.png into --out; a later run adds to what is there. After --minutes (8) no other
-measurement begins, and what is left out is named.
+efficiency.png into --out; a later run adds to what is there. After --minutes (8) no further turn
+begins, and no other grid, batch size or picture size; what is left out is named.
 """
 
 import argparse
@@ -313,7 +313,7 @@ def sample_stages(config, preset, device, settings):
         b = stage_b.StageB(stage_b.PRESETS[preset]).to(device).eval().requires_grad_(False)
         a = stage_a.StageA(stage_a.PRESETS[preset]).to(device).eval().requires_grad_(False)
     for batch in settings.batches:
-        if late(settings, f"sampling {batch} pictures at once"):
+        if late(settings, f"sampling in batches of {batch}"):
             break
         fresh()
         chains = {name: dict(C=one) for name, one in variants(model, settings.against).items()}
@@ -372,6 +372,8 @@ def loader(out, settings):
     torch.set_num_threads(1)
     found = {}
     for side in (512, 768):
+        if late(settings, f"reading at {side} px"):
+            break
         folder, batch = out / f"jpegs_{side}", 32
         count = 8 * batch
         if not (folder / "00001.tar").exists():
@@ -403,7 +405,7 @@ def loader(out, settings):
                 for _ in range(4):
                     next(other)
             jobs["webdataset"] = its
-        times = seconds(jobs, torch.device("cpu"), settings.turns, warm=1)
+        times = seconds(jobs, torch.device("cpu"), settings.turns, warm=1, until=settings.until)
         found[f"{side} px"] = {name: summary(one, 4 * batch) for name, one in times.items()}
     return found
 
@@ -510,7 +512,7 @@ def main():
     parser.add_argument("--steps-c", type=int, default=60)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=8,
-                        help="begin nothing more after them, and say what is left out (8)")
+                        help="after them no further turn, grid or size begins (8)")
     parser.add_argument("--out", default="runs/efficiency", type=Path)
     settings = parser.parse_args()
     settings.batches = [int(part) for part in settings.batches.split(",")]
