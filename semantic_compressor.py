@@ -56,8 +56,8 @@ class Config:
 PRESETS = {
     "paper": Config(),
     "released": Config(affine=True, latent_mean=-1.0, latent_std=42.0),   # official: (z + 1) / 42
-    "pocket": Config(backbone="narrow", imagenet=False),                  # ours: 1.1 M parameters
-}
+    "pocket": Config(backbone="narrow", imagenet=False),   # ours: 1.1 M parameters; the drawings
+}                                                          # have pocket/teach.py for ImageNet
 
 
 # ---- model ---------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ import stage_a
 import stage_b
 import stage_c
 from plumbing import run
-from pocket import shapes, ship
+from pocket import shapes, ship, teach
 
 HERE = Path(__file__).parent
 
@@ -1056,6 +1056,56 @@ def test_init_from_is_not_resuming(chain, drawings, tmp_path):
     before = torch.load(chain / "stage_c/checkpoint.pt", weights_only=True)
     same(state["model"], before["ema"], "model")
     assert state["step"] == 1 and state["optimizer"]["state"][0]["step"] == 1
+
+
+def test_labels_of_drawings():
+    """pocket/teach.py: each object is at the cell of its centre, two in one cell at two."""
+    for index in range(200):
+        scene = shapes.scene(index)
+        answers, measures = teach.labels(scene)
+        there = answers["there"].nonzero().flatten().tolist()
+        assert len(there) == len(scene["objects"])
+        homes = [int(thing["y"] * 3) * 3 + int(thing["x"] * 3) for thing in scene["objects"]]
+        assert homes[0] in there and (homes[-1] in there or homes[0] == homes[-1])
+        cell, thing = homes[0], scene["objects"][0]
+        assert shapes.SHAPES[answers["shape"][cell]] == thing["shape"]
+        assert list(shapes.COLOURS)[answers["colour"][cell]] == thing["colour"]
+        assert abs((measures[cell, 0] / 3 + cell % 3 + 0.5) / 3 - thing["x"]) < 1e-5
+        assert abs((measures[cell, 1] / 3 + cell // 3 + 0.5) / 3 - thing["y"]) < 1e-5
+    # A head that says exactly what is there is right everywhere, one that errs in a shape is not.
+    _, answers, measures = teach.batch(range(8), "train")
+    scores = torch.cat([50 * nn.functional.one_hot(answers[name], len(teach.NAMES[name])).float()
+                        for name in teach.NAMES] + [measures], dim=-1)
+    latent = scores.transpose(1, 2).unflatten(2, (3, 3))
+    value, right = teach.loss(torch.nn.Identity(), latent, answers, measures)
+    assert value < 1e-3 and set(right.values()) == {1.0}
+    answers["shape"] = (answers["shape"] + 1) % 6
+    assert teach.loss(torch.nn.Identity(), latent, answers, measures)[1]["shape"] == 0
+
+
+def test_taught_compressor(chain, drawings, tmp_path):
+    """teach.py resumes exactly; with --compressor-share 0 Stage B leaves its result alone."""
+    first = chain / "stage_b/checkpoint.pt"
+    few = dict(batch_size=4, warmup=1, cooldown=0, log_every=1)
+    teach.teach(first, tmp_path / "whole", steps=2, **few)
+    for steps in (1, 2):
+        teach.teach(first, tmp_path / "halves", steps=steps, **few)
+    whole, halves, before = (torch.load(path, weights_only=True) for path in (
+        tmp_path / "whole/checkpoint.pt", tmp_path / "halves/checkpoint.pt", first))
+    same(whole["compressor_ema"], halves["compressor_ema"], "compressor")
+    same(whole["ema"], before["ema"], "Stage B")
+    log = [json.loads(line) for line in open(tmp_path / "halves/log.jsonl")]
+    assert [line["step"] for line in log] == [1, 2] and log[0]["away"] == 0 < log[1]["away"]
+    config = replace(TINY_B, steps=1, compressor_share=0.0)
+    with pytest.raises(run.ConfigError, match="give the checkpoint with a trained one"):
+        stage_b.train(config, drawings, tmp_path / "b", chain / "stage_a/checkpoint.pt")
+    for remember in (True, False):
+        stage_b.train(replace(config, remember=remember), drawings, tmp_path / f"b{remember}",
+                      chain / "stage_a/checkpoint.pt", init_from=tmp_path / "whole/checkpoint.pt")
+        state = torch.load(tmp_path / f"b{remember}/checkpoint.pt", weights_only=True)
+        for name in ("compressor", "compressor_ema"):
+            same(state[name], whole["compressor_ema"], name)
+        assert not torch.equal(state["model"]["clf.1.weight"], whole["ema"]["clf.1.weight"])
 
 
 def test_one_ratio_for_each_batch(shards):
