@@ -1,7 +1,7 @@
 # make demo   environment, then a PNG of prompts from the small weights in pocket/
 # make test   the same environment, then the tests
-# make pocket trains pocket weights from nothing: A 12 minutes on two cores, B three hours and,
-#             after its compressor was taught, once more; each says after five steps how long
+# make pocket trains pocket weights from nothing: A, the compressor, B with that compressor, C;
+#             each says after five steps how long it will take
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -15,10 +15,9 @@ demo: .venv/ready
 
 pocket: .venv/ready
 	$(BIN)/python stage_a.py --preset pocket --compile
-	$(BIN)/python stage_b.py --preset pocket --compile --out runs/pocket/stage_b-1
 	$(BIN)/python pocket/teach.py --compile
-	$(BIN)/python stage_b.py --preset pocket-2 --compile --init-from runs/pocket/taught/checkpoint.pt \
-	    --out runs/pocket/stage_b
+	$(BIN)/python stage_b.py --preset pocket --compile --compressor-share 0 \
+	    --init-from runs/pocket/taught/checkpoint.pt
 	$(BIN)/python stage_c.py --preset pocket --compile
 	$(BIN)/python pocket/ship.py
 

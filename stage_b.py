@@ -99,17 +99,6 @@ class Config:
     save_every: int = 1000
 
 
-POCKET = Config(
-    widths=(96, 160), heads=(3, 5), blocks=(2, 2), patch_size=4, text_width=128, cond_width=64,
-    dropout=0.0, weight_cap=20.0, weight_floor=0.5, t_power=1.5,
-    # half of all samples see no text: captions name the colours, and a compressor that can
-    # leave them to the text does not learn to say which object has which. Fewer lose the
-    # latent or get it noised, because there is time for few steps
-    drop_text=0.5, drop_both=0.02, drop_sem=0.02, noise_sem=0.1,
-    text_encoder="pocket", compressor="pocket", image_size=128, remember=True, accumulate=1,
-    steps=20_000, batch_size=32, lr=3e-3, compressor_share=1 / 3, warmup=100,
-    cooldown=4500, workers=1, log_every=20, preview_every=250, save_every=100)
-
 PRESETS = {
     "paper": Config(),
     # The second phase of E.2, from the checkpoint of the first (--init-from). Warm-up: ours, short,
@@ -117,10 +106,16 @@ PRESETS = {
     "paper-2": Config(image_size=1024, steps=300_000, batch_size=4, warmup=500),   # 4 x 32 = 128
     "released": Config(attend_to_sem=False, condition="raw", guidance=1.0,
                        compressor="released"),                                         # official v2
-    # ours: the same class at a size for two CPU cores. One phase does for any pictures; for the
-    # drawings a second one follows, with a compressor that pocket/teach.py has taught and frozen.
-    "pocket": POCKET,
-    "pocket-2": replace(POCKET, compressor_share=0.0, lr=1.5e-3, steps=6400, cooldown=2000),
+    "pocket": Config(                  # ours: the same class at a size for two CPU cores
+        widths=(96, 160), heads=(3, 5), blocks=(2, 2), patch_size=4, text_width=128, cond_width=64,
+        dropout=0.0, weight_cap=20.0, weight_floor=0.5, t_power=1.5,
+        # half of all samples see no text: captions name the colours, and a compressor that can
+        # leave them to the text does not learn to say which object has which. Fewer lose the
+        # latent or get it noised, because there is time for few steps
+        drop_text=0.5, drop_both=0.02, drop_sem=0.02, noise_sem=0.1,
+        text_encoder="pocket", compressor="pocket", image_size=128, remember=True, accumulate=1,
+        steps=20_000, batch_size=32, lr=3e-3, compressor_share=1 / 3, warmup=100,
+        cooldown=4500, workers=1, log_every=20, preview_every=250, save_every=100),
 }
 
 

@@ -54,7 +54,7 @@ def parse(Config, presets, doc, argv=None, preset="paper", **paths):
     fields = {field.name for field in dataclasses.fields(Config)}
     changed = {name: value for name, value in given.items() if name in fields}
     others = {name: value for name, value in given.items() if name not in fields}
-    if not others["preset"].startswith("pocket") and not torch.cuda.is_available():
+    if others["preset"] != "pocket" and not torch.cuda.is_available():
         print(f"note: no GPU is visible and the preset {others['preset']!r} is made for one; "
               "--preset pocket is made for the CPU", file=sys.stderr, flush=True)
     return dataclasses.replace(presets[others["preset"]], **changed), argparse.Namespace(**others)
@@ -82,7 +82,7 @@ def earlier(stage, out, preset):
     """Where an earlier stage's checkpoint is: beside `out`; else, at pocket size, in pocket/."""
     own = Path(out).parent / f"stage_{stage}/checkpoint.pt"
     shipped = POCKET / f"stage_{stage}.safetensors"
-    if own.exists() or not preset.startswith("pocket") or not shipped.exists():
+    if own.exists() or preset != "pocket" or not shipped.exists():
         return own
     print(f"Stage {stage.upper()}: {shipped.relative_to(POCKET.parent)} of the repository, as "
           f"there is no {own}", flush=True)
@@ -93,7 +93,7 @@ def source(args):
     """--data, or, at pocket size, the built-in drawings, which are made if they are not there."""
     if args.data is not None:
         return args.data
-    if not args.preset.startswith("pocket"):
+    if args.preset != "pocket":
         sys.exit("--data is missing: a folder of tar shards, for example from "
                  "`python data.py shapes --out shards/shapes`")
     import data

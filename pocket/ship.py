@@ -44,20 +44,17 @@ def restored(tensors):
             for name, value in tensors.items()}
 
 
-def provenance(state, stage):
-    """How this stage was trained: the command, as what differs from the preset."""
-    second = state["config"].get("compressor_share") == 0                 # B, after pocket/teach.py
-    name = "pocket-2" if second else "pocket"
-    preset = {"a": stage_a, "b": stage_b, "c": stage_c}[stage].PRESETS[name]
+def provenance(state, preset, stage):
+    """How this stage was trained: the command, as what differs from the preset `pocket`."""
     config, flags = state["config"], []
-    for field, value in asdict(preset).items():
-        given = config.get(field, value)
-        if given != value and field not in ("latent_mean", "latent_std"):
+    for name, value in asdict(preset).items():
+        given = config.get(name, value)
+        if given != value and name not in ("latent_mean", "latent_std"):
             text = ",".join(map(str, given)) if isinstance(given, tuple) else str(given)
-            flags.append(f"--{field.replace('_', '-')} {text}".removesuffix(" True"))
-    if second:
+            flags.append(f"--{name.replace('_', '-')} {text}".removesuffix(" True"))
+    if config.get("compressor_share") == 0:
         flags.append("--init-from runs/pocket/taught/checkpoint.pt")
-    return dict(command=" ".join([f"python stage_{stage}.py --preset {name}", *flags]),
+    return dict(command=" ".join([f"python stage_{stage}.py --preset pocket", *flags]),
                 steps=state["step"], samples=state["samples"], data="data.py shapes, seed 0",
                 seed=config["seed"], date=date.today().isoformat(),
                 machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, "
@@ -97,7 +94,9 @@ def ship(paths, out):
         **{f"compressor.{name}": value for name, value in compressor.items()}}}
     about["b"]["stage_a"] = run.checksum(restored(a))
     about["c"]["compressor"] = run.checksum(restored(compressor))
-    origin = {stage: provenance(states[stage], stage) for stage in "abc"}
+    presets = {"a": stage_a.PRESETS["pocket"], "b": stage_b.PRESETS["pocket"],
+               "c": stage_c.PRESETS["pocket"]}
+    origin = {stage: provenance(states[stage], presets[stage], stage) for stage in "abc"}
     out.mkdir(parents=True, exist_ok=True)
     for final in (False, True):                    # first without measures, then with them
         if final:

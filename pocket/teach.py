@@ -1,25 +1,23 @@
-"""Pocket's stand-in for ImageNet: the compressor learns to say what a drawing shows.
+"""Pocket's stand-in for ImageNet: the compressor first learns to say what a drawing shows.
 
-    python pocket/teach.py [--compile] [--stage-b runs/pocket/stage_b-1/checkpoint.pt]
-                           [--out runs/pocket/taught] [--steps 2000]
+    python pocket/teach.py [--compile] [--steps 3000] [--out runs/pocket/taught]
 
 The paper's compressor begins with the weights of a network that has learned to tell a thousand
 kinds of things apart (EfficientNetV2-S on ImageNet, §3.1). Pocket's has no such past, and Stage B's
 error alone is slow to teach it one: a star in place of a small circle changes few pixels, and the
-latent does not say which it was. Every drawing carries its labels, so between two phases of Stage B
-the compressor is taught with them, and keeps near what Stage B has learned to read:
+latent does not say which it was. Every drawing carries its labels, so it learns from them:
 
     drawing --compressor--> latent (B, 16, 3, 3) + noise --head, cell by cell--> (B, 9, K) scores
-    loss = cross-entropy of the labels + error of the measures + STAY |latent - latent before|^2
+    loss = cross-entropy of the labels + squared error of the measures
 
 The head sees one cell of the latent at a time and names the object whose centre lies in that cell
 (of two in one cell, the second is at the next cell): is there one, its colour, shape and size,
 where it is, its radius and rotation; and, in every cell, the background. The noise keeps the
 answers apart by more than Stage C will be wrong by. The head is not needed afterwards.
 
-Writes a checkpoint for `stage_b.py --compressor-share 0 --init-from`: Stage B as it was given and
-the taught compressor. Stopped and started again, it goes on. log.jsonl has the shares of right
-answers on drawings with combinations that no training shows (split "heldout").
+Writes a checkpoint for `stage_b.py --init-from`, this compressor and an untrained Stage B; with
+--compressor-share 0 it stays as it is. Stopped and started again, this goes on. log.jsonl has the
+shares of right answers on drawings with combinations that no training shows (split "heldout").
 """
 
 import argparse
@@ -40,11 +38,9 @@ import stage_b  # noqa: E402
 from plumbing import run  # noqa: E402
 from pocket import shapes  # noqa: E402
 
-SETTINGS = dict(steps=2000, batch_size=32, accumulate=1, lr=1e-3, warmup=100, cooldown=900,
-                log_every=20, save_every=200)
+CONFIG = replace(stage_b.PRESETS["pocket"], steps=3000, lr=2e-3, cooldown=1200, save_every=200)
 SEED = 1                                       # of the drawings; data.py shapes, for Stage B, has 0
-STAY = 1.0
-NOISE = 0.3                                    # on standardised latents
+NOISE = 0.3                                    # on latents whose channels have unit variance
 GRID = 3                                       # cells of the latent along a side
 NAMES = {"there": [False, True], "background": list(shapes.BACKGROUNDS),
          "colour": list(shapes.COLOURS), "shape": list(shapes.SHAPES), "size": list(shapes.SIZES)}
@@ -103,43 +99,36 @@ def loss(head, latent, answers, measures):
     return total + error.sum(), right
 
 
-def teach(given, out, **settings):
-    """given: the Stage B checkpoint to begin with. settings: in place of those in SETTINGS."""
-    run.required(given, "a Stage B checkpoint", "train it with `python stage_b.py --preset pocket`")
-    out, state = Path(out), run.load_checkpoint(given, "B")
-    config = replace(stage_b.config_of(state), **{**SETTINGS, **settings})
+def teach(config, out):
+    """config: a stage_b.Config, whose steps, batch_size, lr and so on are used here."""
     device, _, _ = run.setup(config.seed)
-    before = semantic_compressor.load(given, device)
-    # In eval mode throughout: its BatchNorm keeps its statistics, because Stage B knows its scale.
-    compressor = copy.deepcopy(before).requires_grad_(True)
-    head = make_head(before.config.latent_channels).to(device)
-    ema, ema_head = (copy.deepcopy(net).requires_grad_(False) for net in (compressor, head))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    preset = semantic_compressor.PRESETS[config.compressor]
+    compressor = semantic_compressor.SemanticCompressor(preset).to(device).train()
+    head = make_head(preset.latent_channels).to(device)
+    ema, ema_head = (copy.deepcopy(net).eval().requires_grad_(False) for net in (compressor, head))
+    untrained = stage_b.StageB(config).state_dict()
     parameters = [*compressor.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95))
     parts = dict(compressor=compressor, compressor_ema=ema, head=head, head_ema=ema_head,
                  optimizer=optimizer)
-    origin = dict(stage_b=run.checksum(state["ema"]), taught=run.checksum(before.state_dict()))
-    out.mkdir(parents=True, exist_ok=True)
-    found, start = run.resume(out / "checkpoint.pt", "B", config, device, 0, origin), 0
-    if found:
+    state, start = run.resume(out / "checkpoint.pt", "B", config, device, 0, {}), 0
+    if state:
         for name, part in parts.items():
-            part.load_state_dict(found[name])
-        start = found["step"]
+            part.load_state_dict(state[name])
+        start, untrained = state["step"], state["model"]
     if config.compile:
         compressor.compile()
-        before.compile()
-    test = batch(range(256), "heldout", device)
+    test, settling = batch(range(256), "heldout", device), batch(range(256), "train", device)[0]
     log, guard, stop = run.Log(out, config, start, 0, 1), run.NanGuard(), run.StopSignal()
     for step in range(start, config.steps):
-        first = step * config.batch_size                                  # every drawing is new
+        first = 256 + step * config.batch_size                            # every drawing is new
         images, *truth = batch(range(first, first + config.batch_size), "train", device)
-        with torch.no_grad():
-            known = before.standardise(before(images))
-        latent = before.standardise(compressor(images))                   # (B, 16, 3, 3)
+        latent = compressor(images)                                       # (B, 16, 3, 3)
         value, _ = loss(head, latent + NOISE * torch.randn_like(latent), *truth)
-        away = (latent - known).square().mean()
         optimizer.zero_grad(set_to_none=True)
-        (value + STAY * away).backward()
+        value.backward()
         grad = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = run.learning_rate(step, config)
@@ -151,16 +140,17 @@ def teach(given, out, **settings):
         log.step(config.batch_size)
         saves, right = done % config.save_every == 0 or last, {}
         if saves:
+            semantic_compressor.settle(ema, settling)
+            scale = semantic_compressor.latent_scale(ema, settling)
             with torch.no_grad():
-                right = loss(ema_head, before.standardise(ema(test[0])), *test[1:])[1]
-            scale = semantic_compressor.latent_scale(ema, test[0])
+                right = loss(ema_head, ema(test[0]), *test[1:])[1]
             run.save_checkpoint(out / "checkpoint.pt", dict(
-                {**state, **{name: part.state_dict() for name, part in parts.items()}}, step=done,
+                {name: part.state_dict() for name, part in parts.items()}, stage="B", step=done,
                 config=asdict(config), compressor_config=asdict(replace(
-                    before.config, latent_mean=scale[0], latent_std=scale[1])),
-                model=state["ema"], ema=state["ema"], random=run.random_state(device), **origin))
+                    preset, latent_mean=scale[0], latent_std=scale[1])),
+                model=untrained, ema=untrained, random=run.random_state(device)))
         if saves or done % config.log_every == 0:
-            log.write(done, loss=value.item(), away=away.item(), grad=grad.item(), **right)
+            log.write(done, loss=value.item(), grad=grad.item(), **right)
         if last:
             break
     log.finish(out, stop)
@@ -169,12 +159,11 @@ def teach(given, out, **settings):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage-b", default="runs/pocket/stage_b-1/checkpoint.pt")
     parser.add_argument("--out", default="runs/pocket/taught")
-    parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
+    parser.add_argument("--steps", type=int, default=CONFIG.steps)
     parser.add_argument("--compile", action="store_true")
     settings = parser.parse_args()
-    teach(settings.stage_b, settings.out, steps=settings.steps, compile=settings.compile)
+    teach(replace(CONFIG, steps=settings.steps, compile=settings.compile), settings.out)
 
 
 if __name__ == "__main__":
