@@ -627,7 +627,7 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
                                                               else targets(batch)))
             # loss
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                sem = (compressor(images) if trained else images).float() # (B, 16, h, w), raw
+                sem = (compressor(images) if trained else images).float()  # (B, 16, h, w), raw
                 # Standardised with the batch's own scale, so that the noise on it has a known size.
                 # (After a BatchNorm without affine parameters that is about 0 and 1 anyway.)
                 mean, std = sem.detach().mean(), sem.detach().std()

@@ -13,7 +13,7 @@ latent does not say which it was. Every drawing carries its labels, so it learns
 The head sees one cell of the latent at a time and names the object whose centre lies in that cell
 (of two in one cell, the second is at the next cell): is there one, its colour, shape and size,
 where it is, its radius and rotation; and, in every cell, the background. The noise keeps the
-answers apart by more than Stage C will be wrong by. The head is not needed afterwards.
+answers apart, so that a small error of Stage C changes none. The head is not needed afterwards.
 
 Writes a checkpoint for `stage_b.py --init-from`, this compressor and an untrained Stage B; with
 --compressor-share 0 it stays as it is. Stopped and started again, this goes on. log.jsonl has the
