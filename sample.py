@@ -249,9 +249,10 @@ def export(chain, folder):
     The text encoders are not written: they are those of warp-ai/wuerstchen and -prior, unchanged.
     Raises run.ConfigError where diffusers has no such network.
     """
-    if chain.b.config.attend_to_sem:
-        raise run.ConfigError("diffusers' Stage B does not attend to the compressor's latents; "
-                              "only one trained with --preset released can be exported")
+    if chain.b.config.attend_to_sem or chain.b.config.head != "released":
+        raise run.ConfigError("diffusers' Stage B does not attend to the compressor's latents and "
+                              "has the released head; only one trained with --preset released can "
+                              "be exported")
     folder = Path(folder)
     raw = chain.b.config.condition == "raw"
     mean, std = chain.scale if raw else (0.0, 1.0)

@@ -58,8 +58,9 @@ class Config:
     dropout: float = 0.1               # official code
     attend_to_sem: bool = True         # paper, §3.1, E.2 (released: False, concatenation alone)
     condition: str = "standardised"    # ours: scale of sem (released: "raw")
+    head: str = "released"             # official code; the paper is silent. pocket: "velocity"
     # loss
-    weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 20
+    weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 1e4
     weight_floor: float = 0.0          # ours, with weight_cap alone; pocket: 0.5
     t_power: float = 1.0               # official code: t as drawn. See `loss`; pocket: 1.5
     # sampling
@@ -107,14 +108,14 @@ PRESETS = {
     "released": Config(attend_to_sem=False, condition="raw", guidance=1.0,
                        compressor="released"),                                         # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
-        widths=(96, 160), heads=(3, 5), blocks=(2, 2), patch_size=4, text_width=128, cond_width=64,
-        dropout=0.0, weight_cap=20.0, weight_floor=0.5, t_power=1.5,
+        widths=(48, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
+        dropout=0.0, head="velocity", weight_cap=1e4, weight_floor=0.5, t_power=1.5,
         # half of all samples see no text: captions name the colours, and a compressor that can
         # leave them to the text does not learn to say which object has which. Fewer lose the
         # latent or get it noised, because there is time for few steps
         drop_text=0.5, drop_both=0.02, drop_sem=0.02, noise_sem=0.1,
         text_encoder="pocket", compressor="pocket", image_size=128, remember=True, accumulate=1,
-        steps=20_000, batch_size=32, lr=3e-3, compressor_share=1 / 3, warmup=100,
+        steps=20_000, batch_size=32, lr=2e-3, compressor_share=1 / 3, warmup=100,
         cooldown=4500, workers=1, log_every=20, preview_every=250, save_every=100),
 }
 
@@ -335,9 +336,10 @@ class StageB(nn.Module):
                 LayerNorm2d(widths[i]), nn.ConvTranspose2d(widths[i], widths[i - 1], 2, stride=2))]
             # the U-Net skip enters the first block of each level but the deepest
             self.up_blocks.append(nn.ModuleList(stage(i, widths[i] if i < levels - 1 else 0) + up))
+        out = config.latent_channels * (2 if config.head == "released" else 1)
         self.clf = nn.Sequential(                                         # the output head
             LayerNorm2d(widths[0]),
-            nn.Conv2d(widths[0], 2 * config.latent_channels * patch, 1),
+            nn.Conv2d(widths[0], out * patch, 1),
             nn.PixelShuffle(config.patch_size))
         self.init_weights()
 
@@ -355,9 +357,10 @@ class StageB(nn.Module):
             if isinstance(block, AttnBlock):       # there q, k, v are one (3c, c) matrix
                 for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
                     nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
-        for layer in (self.clip_mapper, *self.effnet_mappers):
-            if layer is not None:
-                nn.init.normal_(layer.weight, std=0.02)
+        nn.init.normal_(self.clip_mapper.weight, std=0.02)
+        for layer in self.effnet_mappers:
+            if layer is not None:              # departs (pocket): loud, so that sem is heard early
+                nn.init.normal_(layer.weight, std=0.02 if self.config.head == "released" else 1.0)
         nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
         nn.init.zeros_(self.clf[1].weight)
 
@@ -405,7 +408,11 @@ class StageB(nn.Module):
                     x = layer(x, *condition)
             return x
 
-        x = self.embedding(x_t)                                           # (B, c_0, H_0, W_0)
+        x, a_bar = self.embedding(x_t), alpha_bar(t)[:, None, None, None]  # (B, c_0, H_0, W_0)
+        if self.config.head == "velocity":
+            # departs (pocket): near t = 1, where only sem and text can tell what to draw, the noise
+            # is as loud in the embedding as a picture would be, so it is turned down to nothing
+            x = x * a_bar.sqrt()
         x = x.contiguous(memory_format=torch.channels_last)     # the blocks' (B, h, w, c): no copy
         skips = []
         for layers, mapper in zip(self.down_blocks, self.effnet_mappers):
@@ -414,6 +421,11 @@ class StageB(nn.Module):
         for i, layers in enumerate(self.up_blocks):
             mapper = self.effnet_mappers[len(skips) + i]
             x = level(x, layers, mapper, skips[i] if i > 0 else None)
+        if self.config.head == "velocity":
+            # departs (pocket): v = sqrt(a_bar) eps - sqrt(1 - a_bar) x_0 (Salimans & Ho, 2022) has
+            # the same size at every t. At init v_hat = 0, that is, x_0_hat = sqrt(a_bar) x_t.
+            v_hat = self.clf(x).float()                                   # (B, 4, H, W)
+            return (1 - a_bar).sqrt() * x_t + a_bar.sqrt() * v_hat
         # Official head: eps_hat = (x_t - A) / B with B in (0.001, 0.999): B stands for the noise's
         # size sqrt(1 - alpha_bar), A for the signal part. At init A = 0, B = .5: eps_hat = 2 x_t.
         # The paper is silent on Stage B's head; Stage C's is another one.
@@ -535,8 +547,11 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
     if not trained and not init_from:
         raise run.ConfigError("--compressor-share 0 leaves the compressor as it is: give the "
                               "checkpoint with a trained one as --init-from")
-    if config.condition not in ("raw", "standardised"):
-        raise run.ConfigError(f"--condition {config.condition}: expected raw or standardised")
+    for name, known in dict(condition=("raw", "standardised"),
+                            head=("released", "velocity")).items():
+        found = getattr(config, name)
+        if found not in known:
+            raise run.ConfigError(f"--{name} {found}: expected {' or '.join(known)}")
     vqgan = stage_a.load(stage_a_path, device)
     encoder = data.text_encoder(config.text_encoder, clip, device)
     if encoder.width != config.text_width:

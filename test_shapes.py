@@ -169,7 +169,7 @@ def test_published_names():
                 "blocks.2.attention.to_out.0.bias", "blocks.2.kv_mapper.1.weight",
                 "out.1.weight"):
         assert key in c
-    b = stage_b.StageB(replace(TINY_B, attend_to_sem=False)).state_dict()
+    b = stage_b.StageB(replace(TINY_B, attend_to_sem=False, head="released")).state_dict()
     for key in ("clip_mapper.weight", "effnet_mappers.1.weight", "effnet_mappers.4.bias",
                 "embedding.1.weight", "down_blocks.1.0.1.weight",
                 "down_blocks.1.3.attention.to_v.weight", "up_blocks.0.6.1.weight", "clf.1.weight"):
@@ -189,9 +189,10 @@ def test_published_names():
 
 # ---- gradients and initialisation ----------------------------------------------------------------
 
-def test_every_parameter_has_a_gradient():
+@pytest.mark.parametrize("head", ["released", "velocity"])
+def test_every_parameter_has_a_gradient(head):
     """One loss reaches every parameter of A, B, the compressor and C: none is made but unused."""
-    a, b = shake(stage_a.StageA(TINY_A)), shake(stage_b.StageB(TINY_B))
+    a, b = shake(stage_a.StageA(TINY_A)), shake(stage_b.StageB(replace(TINY_B, head=head)))
     c = shake(stage_c.StageC(TINY_C))
     compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])
     stage_a.loss(a, torch.rand(4, 3, 32, 64)).backward()
@@ -207,11 +208,38 @@ def test_every_parameter_has_a_gradient():
 
 
 def test_initial_outputs():
-    """At init eps_hat is x_t / (1 + 1e-5) in Stage C (§3.2), 2 x_t in Stage B (released head)."""
+    """At init eps_hat is x_t / (1 + 1e-5) in Stage C (§3.2), 2 x_t in Stage B (released head);
+    with its velocity head v_hat is 0, so that x_0_hat is sqrt(alpha_bar) x_t."""
     x, t, text = torch.randn(2, 16, 3, 5), torch.rand(2), torch.randn(2, *TEXT)
     assert_close(stage_c.StageC(TINY_C)(x, t, text), x / (1 + 1e-5))
     x = torch.randn(2, 4, 16, 32)
-    assert_close(stage_b.StageB(TINY_B)(x, t, torch.randn(2, 16, 3, 6), text), 2 * x)
+    sem = torch.randn(2, 16, 3, 6)
+    assert_close(stage_b.StageB(replace(TINY_B, head="released"))(x, t, sem, text), 2 * x)
+    a = stage_b.alpha_bar(t).view(-1, 1, 1, 1)
+    eps_hat = stage_b.StageB(replace(TINY_B, head="velocity"))(x, t, sem, text)
+    assert_close((x - (1 - a).sqrt() * eps_hat) / a.sqrt(), a.sqrt() * x, atol=1e-4, rtol=1e-4)
+
+
+def test_velocity_head():
+    """eps_hat and x_0_hat of the velocity head fit v_hat at every t; x_t hardly counts at 1."""
+    torch.manual_seed(0)
+    model = shake(stage_b.StageB(replace(TINY_B, head="velocity"))).eval()
+    x, sem, text = torch.randn(2, 4, 16, 16), torch.randn(2, 16, 3, 3), torch.randn(2, *TEXT)
+    found = []
+    model.clf.register_forward_hook(lambda *given: found.append(given[2]))
+    for level in (0.0, 0.3, 0.7, 1.0):
+        t = torch.full((2,), level)
+        a = stage_b.alpha_bar(t[:1])
+        eps_hat = model(x, t, sem, text)
+        x_0_hat = (x - (1 - a).sqrt() * eps_hat) / a.sqrt()
+        assert_close(found[-1], a.sqrt() * eps_hat - (1 - a).sqrt() * x_0_hat,
+                     atol=1e-3, rtol=1e-3)
+    t, change = torch.ones(2), []
+    for level in (0.5, 1.0):
+        model(x, level * t, sem, text)
+        model(-x, level * t, sem, text)
+        change.append((found[-1] - found[-2]).abs().max())
+    assert change[1] < 0.4 * change[0]                  # 1.4 times it if x_t is not turned down
 
 
 def test_zero_initialised_branches_are_the_identity():
@@ -636,16 +664,19 @@ def test_overfit_c_two_captions():
         assert right < 0.3 and wrong > 3 * right, (right, wrong)
 
 
-def test_overfit_b():
+@pytest.mark.parametrize("head, cap, width, lr", [("released", 20.0, 16, 4e-3),
+                                                  ("velocity", 1e4, 32, 8e-3)])
+def test_overfit_b(head, cap, width, lr):
     """After overfitting two latents told apart by sem alone, each sem samples its own x_0."""
     torch.manual_seed(0)
     x_0 = torch.randn(2, 4, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)   # (2, 4, 16, 16)
     sem, text = torch.randn(2, 16, 3, 3), torch.zeros(2, *TEXT)
-    model = stage_b.StageB(replace(TINY_B, widths=(16, 32, 32), cond_width=16))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    model = stage_b.StageB(replace(TINY_B, widths=(width, 32, 32), cond_width=16, head=head,
+                                   weight_cap=cap))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for step in range(250):
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * min(1, (250 - step) / 125)
+            group["lr"] = lr * min(1, (250 - step) / 125)
         optimizer.zero_grad()
         stage_b.loss(model, x_0.repeat(8, 1, 1, 1), sem.repeat(8, 1, 1, 1),
                      text.repeat(8, 1, 1)).backward()
@@ -1105,6 +1136,15 @@ def test_taught_compressor(chain, drawings, tmp_path):
         for name in ("compressor", "compressor_ema"):
             same(state[name], whole["compressor_ema"], name)
         assert not torch.equal(state["model"]["clf.1.weight"], whole["ema"]["clf.1.weight"])
+
+
+def test_unknown_names_are_refused(chain, drawings, tmp_path):
+    """A name that Stage B does not know is refused with those that it knows."""
+    for name, known in (("head", "released or velocity"), ("condition", "raw or standardised"),
+                        ("compressor", "paper, released, pocket")):
+        with pytest.raises(run.ConfigError, match=f"--{name} other: expected .*{known}"):
+            stage_b.train(replace(TINY_B, **{name: "other"}), drawings, tmp_path / "b",
+                          chain / "stage_a/checkpoint.pt")
 
 
 def test_one_ratio_for_each_batch(shards):
@@ -2062,9 +2102,10 @@ def test_export_and_back(published, tmp_path):
                        chain.a.quantize(chain.a.encode(images))[1])
     assert_close(again.compressor.standardise(again.compressor(pixels)),
                  chain.compressor.standardise(chain.compressor(pixels)))
-    chain.b = stage_b.StageB(TINY_B)
-    with pytest.raises(run.ConfigError, match="--preset released"):
-        sample.export(chain, tmp_path / "no")
+    for config in (replace(TINY_B, head="released"), replace(TINY_B, attend_to_sem=False)):
+        chain.b = stage_b.StageB(config)
+        with pytest.raises(run.ConfigError, match="--preset released"):
+            sample.export(chain, tmp_path / "no")
 
 
 def test_released_architecture_trains_and_leaves(published, chain, drawings, tmp_path):
@@ -2078,8 +2119,9 @@ def test_released_architecture_trains_and_leaves(published, chain, drawings, tmp
     runs.mkdir()
     (runs / "stage_a").symlink_to(chain / "stage_a")
     a, b = runs / "stage_a/checkpoint.pt", runs / "stage_b/checkpoint.pt"
-    stage_b.train(replace(TINY_B, attend_to_sem=False, condition="raw", text_encoder="clip-h",
-                          text_width=32, guidance=1.0), drawings, runs / "stage_b", a, clip)
+    stage_b.train(replace(TINY_B, attend_to_sem=False, head="released", condition="raw",
+                          text_encoder="clip-h", text_width=32, guidance=1.0),
+                  drawings, runs / "stage_b", a, clip)
     stage_c.train(replace(TINY_C, text_encoder="clip-bigg", text_width=48), drawings,
                   runs / "stage_c", a, b, clip)
     quick = ["a red star", "--steps-c", "2", "--steps-b", "2", "--size", "128x128"]
