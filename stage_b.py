@@ -21,12 +21,12 @@ Architecture and attribute names follow the published v2 decoder (dome272/Wuerst
 DiffNeXt). Its training was never published; the training here follows the paper.
 
     python stage_b.py --data shards/                         paper size, for a GPU
-    python stage_b.py --data shards/shapes --preset pocket   two CPU cores, 1,000 steps in 9 minutes
+    python stage_b.py --data shards/shapes --preset pocket   two CPU cores, 1,000 steps in 6 minutes
 
-A healthy pocket run prints: error by noise level near [t<.25 .8 | .5 .3 | .75 .09 | 1 .01] after
-100 steps and falling at every level. In the previews backgrounds and places are right by step
-1,000, most colours by 3,500. Shapes take longest: after 20,000 steps the large ones are there, the
-small ones are round.
+A healthy pocket run (with a compressor from pocket/teach.py, --compressor-share 0) prints: error
+by noise level near [t<.25 .9 | .5 .5 | .75 .15 | 1 .008] after 100 steps and falling at every
+level. In the previews backgrounds and places are right by step 1,000, colours by 4,000. Shapes take
+longest: large ones come out between 4,000 and 11,000 steps, small ones are still round then.
 """
 
 import copy
@@ -109,14 +109,14 @@ PRESETS = {
                        compressor="released"),                                         # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(48, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
-        dropout=0.0, head="velocity", weight_cap=1e4, weight_floor=0.5, t_power=1.5,
+        dropout=0.0, head="velocity", weight_cap=1e4, weight_floor=0.5, t_power=1.5, guidance=2.0,
         # half of all samples see no text: captions name the colours, and a compressor that can
         # leave them to the text does not learn to say which object has which. Fewer lose the
         # latent or get it noised, because there is time for few steps
         drop_text=0.5, drop_both=0.02, drop_sem=0.02, noise_sem=0.1,
         text_encoder="pocket", compressor="pocket", image_size=128, remember=True, accumulate=1,
-        steps=20_000, batch_size=32, lr=2e-3, compressor_share=1 / 3, warmup=100,
-        cooldown=4500, workers=1, log_every=20, preview_every=250, save_every=100),
+        steps=11_000, batch_size=32, lr=2e-3, compressor_share=1 / 3, warmup=100,
+        cooldown=4000, workers=1, log_every=20, preview_every=250, save_every=100),
 }
 
 
