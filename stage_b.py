@@ -64,7 +64,7 @@ class Config:
     weight_floor: float = 0.0          # ours, with weight_cap alone; pocket: 0.5
     t_power: float = 1.0               # official code: t as drawn. See `loss`; pocket: 1.5
     # sampling
-    guidance: float = 4.0              # paper, §4 (released: 1, that is, off)
+    guidance: float = 4.0              # paper, §4 (released: 1, that is, off); pocket: 2
     # conditions while training: shares of all samples; noise for a share of the rest
     drop_both: float = 0.05            # ours: §3.1 gives no numbers; pocket: 0.02
     drop_text: float = 0.05            # ours: as Stage C's, §3.2; pocket: 0.5
@@ -408,10 +408,11 @@ class StageB(nn.Module):
                     x = layer(x, *condition)
             return x
 
-        x, a_bar = self.embedding(x_t), alpha_bar(t)[:, None, None, None]  # (B, c_0, H_0, W_0)
+        a_bar = alpha_bar(t)[:, None, None, None]                         # for the velocity head
+        x = self.embedding(x_t)                                           # (B, c_0, H_0, W_0)
         if self.config.head == "velocity":
             # departs (pocket): near t = 1, where only sem and text can tell what to draw, the noise
-            # is as loud in the embedding as a picture would be, so it is turned down to nothing
+            # is as loud in the embedding as a picture would be, so it is turned down
             x = x * a_bar.sqrt()
         x = x.contiguous(memory_format=torch.channels_last)     # the blocks' (B, h, w, c): no copy
         skips = []
