@@ -1,7 +1,7 @@
 # make demo   environment, then a PNG of prompts from the small weights in pocket/
 # make test   the same environment, then the tests
-# make pocket trains pocket weights from nothing: A, the compressor, B with that compressor, C;
-#             each says after five steps how long it will take
+# make pocket trains pocket weights from nothing: the text tower, A, the compressor, B with that
+#             compressor, C; each says after five steps how long it will take
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -14,6 +14,8 @@ demo: .venv/ready
 	@echo "The pictures are in demo.png: one row for each prompt, four tries."
 
 pocket: .venv/ready
+	$(BIN)/python pocket/teach_text.py
+	cp runs/pocket/text/text.safetensors pocket/
 	$(BIN)/python stage_a.py --preset pocket --compile
 	$(BIN)/python pocket/teach.py --compile
 	$(BIN)/python stage_b.py --preset pocket --compile --compressor-share 0 \

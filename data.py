@@ -764,6 +764,7 @@ def once(dataset, indices, batch_size, workers=0):
 
 # ---- Text encoder: captions -> un-pooled tokens after the final layer norm -----------------------
 
+POCKET_TEXT = os.path.join(os.path.dirname(os.path.abspath(shapes.__file__)), "text.safetensors")
 END_OF_TEXT = 49407  # CLIP's vocabulary; laion's tokenizers for H-14 and bigG-14 also pad with it
 
 TEXT_ENCODERS = {
@@ -810,7 +811,6 @@ class TextEncoder(nn.Module):
         real = ends.cumsum(1) - ends.long() == 0  # up to and with the first end of text
         return torch.where(real, ids, self.pad), real
 
-    @torch.no_grad()
     def forward(self, captions):
         tower = self.tower
         ids, real = (x.to(tower.positional_embedding.device) for x in self.tokens(captions))
@@ -859,6 +859,26 @@ def text_encoder(name="pocket", weights=None, device="cpu"):
 
 
 def _pocket_weights(tower):
+    """The random weights below; in its layers those that pocket/teach_text.py taught, if there."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state = random_text_weights(tower)
+    if os.path.exists(POCKET_TEXT):
+        try:
+            taught = {name: value.float() for name, value in load_file(POCKET_TEXT).items()}
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{POCKET_TEXT}: not a readable text tower ({error}).") from None
+        expected = {name for name in state if name.startswith("transformer.")}
+        if expected != set(taught):
+            names = sorted(expected ^ set(taught))
+            raise DataError(f"{POCKET_TEXT}: expected the {len(expected)} tensors of the pocket "
+                            f"tower's layers; {names[0]} is in one of the two alone.")
+        state |= taught
+    return state
+
+
+def random_text_weights(tower):
     """Random weights that are the same on every machine: a fixed code for captions, not CLIP.
 
     Uniform numbers of a given standard deviation: RandomState's stream is frozen for good, and

@@ -35,7 +35,7 @@ import stage_a
 import stage_b
 import stage_c
 from plumbing import run
-from pocket import shapes, ship, teach
+from pocket import shapes, ship, teach, teach_text
 
 HERE = Path(__file__).parent
 
@@ -1143,6 +1143,61 @@ def test_taught_compressor(chain, drawings, tmp_path):
         assert not torch.equal(state["model"]["clf.1.weight"], whole["ema"]["clf.1.weight"])
 
 
+def test_labels_of_captions():
+    """pocket/teach_text.py: the left or upper object first, and only what the caption says."""
+    scene = next(scene for scene in map(shapes.scene, range(1, 200, 2))
+                 if scene["relation"] == "left of")
+    answers = set()
+    for number in range(60):
+        caption = shapes.caption(scene, np.random.RandomState(number))
+        said = {name: teach_text.NAMES[name][index]
+                for name, index in teach_text.labels(scene, caption).items()}
+        for i, thing in enumerate(scene["objects"], 1):
+            assert (said[f"colour {i}"], said[f"shape {i}"]) == (thing["colour"], thing["shape"])
+            assert said[f"size {i}"] in (None, thing["size"])
+        assert (said["background"] is None) == (scene["background"] not in caption)
+        assert said["axis"] == "across" and said["place"] is None
+        answers.add((said["background"], said["size 1"], said["size 2"]))
+    assert len(answers) > 3
+    turned = dict(scene, relation="right of", objects=scene["objects"][::-1])
+    assert teach_text.labels(turned, caption) == teach_text.labels(scene, caption)
+    one = next(scene for scene in map(shapes.scene, range(0, 200, 2))
+               if scene["objects"][0]["place"] == "top")
+    labels = teach_text.labels(one, "a thing at the top")
+    assert labels["place"] == 3 and labels["axis"] == labels["colour 2"] == labels["size 1"] == 0
+    assert teach_text.labels(one, "a thing")["place"] == 0
+    # A head that says exactly what is said is right everywhere, one that errs in a shape is not.
+    _, answers = teach_text.batch(range(8), "train")
+    scores = torch.cat([50 * nn.functional.one_hot(answers[name], len(values)).float()
+                        for name, values in teach_text.NAMES.items()], dim=-1)
+    value, right = teach_text.loss(torch.nn.Identity(), scores, answers)
+    assert value < 1e-3 and set(right.values()) == {1.0}
+    answers["shape 1"] = (answers["shape 1"] + 1) % 7
+    assert teach_text.loss(torch.nn.Identity(), scores, answers)[1]["shape 1"] == 0
+
+
+def test_taught_text_tower(tmp_path, monkeypatch):
+    """teach_text.py resumes exactly, moves the layers alone, and data.py reads what it wrote."""
+    config = replace(teach_text.CONFIG, steps=2, batch_size=4, cooldown=0)
+    teach_text.teach(config, tmp_path / "whole")
+    for steps in (1, 2):
+        teach_text.teach(replace(config, steps=steps), tmp_path / "halves")
+    whole, halves = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+                     for name in ("whole", "halves"))
+    same(whole["layers_ema"], halves["layers_ema"], "layers")
+    log = [json.loads(line) for line in open(tmp_path / "halves/log.jsonl")]
+    assert [line["step"] for line in log] == [1, 2] and 0 <= log[1]["shape 1"] <= 1
+    monkeypatch.setattr(data, "POCKET_TEXT", str(tmp_path / "none"))
+    untaught = data.text_encoder("pocket").tower.state_dict()
+    monkeypatch.setattr(data, "POCKET_TEXT", str(tmp_path / "whole/text.safetensors"))
+    for name, value in data.text_encoder("pocket").tower.state_dict().items():
+        layer = name.removeprefix("transformer.")
+        expected = whole["layers_ema"][layer].half() if layer != name else untaught[name]
+        assert torch.equal(value, expected.float()), name
+        if layer != name and value.dim() == 2:
+            assert not torch.equal(value, untaught[name]), name
+
+
 def test_unknown_names_are_refused(chain, drawings, tmp_path):
     """A name that Stage B does not know is refused with those that it knows."""
     for name, known in (("head", "released or velocity"), ("condition", "raw or standardised"),
@@ -1699,10 +1754,39 @@ def test_pocket_text_encoder(encoder):
         torch.testing.assert_close(encoder([caption])[0], tokens[i], rtol=1e-4, atol=1e-5)
 
 
-def test_pocket_text_encoder_is_the_same_everywhere(encoder):
-    """The weights follow from a fixed seed: a known checksum, whatever was drawn before."""
-    assert encoder.checksum == "9951c320d90751f38e777c6775c2a6870657b5b6183a86ec761edad8e65721ff"
+def test_pocket_text_encoder_is_the_same_everywhere(encoder, monkeypatch):
+    """A known checksum, whatever was drawn before; without the taught layers, another one."""
+    assert encoder.checksum == "a4876a0582811a9a19ce027954e69b5719db6b3e067912b963b7b58f876611ea"
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.train().training
+    monkeypatch.setattr(data, "POCKET_TEXT", "none")
+    untaught = "9951c320d90751f38e777c6775c2a6870657b5b6183a86ec761edad8e65721ff"
+    assert data.text_encoder("pocket").checksum == untaught
+
+
+def test_pocket_text_encoder_knows_word_order(encoder):
+    """Two captions of one picture are nearer to each other than either to that of its mirror."""
+    right = 0
+    for index in range(1, 200, 2):
+        scene = shapes.scene(index)
+        mirror = dict(scene, relation=shapes.RELATIONS[scene["relation"]])
+        captions = [shapes.caption(one, np.random.RandomState(i))
+                    for i, one in enumerate((scene, scene, mirror))]
+        one, other, mirrored = teach_text.end_of_text(encoder, captions)
+        right += (one - other).norm() < min((one - mirrored).norm(), (other - mirrored).norm())
+    assert right >= 90, right
+
+
+def test_bad_pocket_text_weights(tmp_path, monkeypatch):
+    """A damaged file and one of another tower are named, with what was expected."""
+    from safetensors.torch import save_file
+    path = tmp_path / "text.safetensors"
+    monkeypatch.setattr(data, "POCKET_TEXT", str(path))
+    path.write_bytes(b"no tensors")
+    with pytest.raises(data.DataError, match="text.safetensors: not a readable text tower"):
+        data.text_encoder("pocket")
+    save_file({"transformer.other": torch.zeros(2)}, path)
+    with pytest.raises(data.DataError, match="expected the 24 tensors"):
+        data.text_encoder("pocket")
 
 
 @pytest.mark.parametrize("suffix, prefix", [

@@ -1,0 +1,173 @@
+"""Pocket's stand-in for CLIP: the small text tower learns which object a caption puts where.
+
+    python pocket/teach_text.py [--steps 2000] [--out runs/pocket/text]
+
+CLIP's tower comes with the meaning of words and of their order. Pocket's begins at random: its
+tokens are a fixed code, and a small Stage C did not learn from pictures to tell "a red star above a
+blue circle" from "above a red star is a blue circle" (every pair, one of two ways, by luck). The
+captions of the drawings can teach it, without any picture:
+
+    caption --tower--> tokens (B, 24, 128); its end of text (B, 128) + noise --head--> (B, K) scores
+    loss = cross-entropy of what the caption says: background, axis, place, and of both objects, the
+    left or upper one first, whatever the caption begins with: colour, shape and size
+
+Only the two transformer layers learn; the 49,408 token embeddings, drawn from a fixed seed
+(data.random_text_weights), stay. The head is not needed afterwards.
+
+Leaves the layers' average in OUT/text.safetensors (float16). `cp` that to pocket/ and every
+training reads it from there; Stages B and C before it do not fit then and say so. Stopped and
+started again, this goes on. log.jsonl has the shares of right answers on captions with combinations
+that no training names (split "heldout").
+"""
+
+import argparse
+import copy
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402
+import stage_c  # noqa: E402
+from plumbing import run  # noqa: E402
+from pocket import shapes  # noqa: E402
+
+CONFIG = replace(stage_c.PRESETS["pocket"], steps=2000, batch_size=128, lr=2e-3, cooldown=1000,
+                 log_every=20, save_every=100)
+SEED = 2                                       # of the scenes; Stages B and C have 0, teach.py 1
+NOISE = 0.3                                    # on tokens whose entries have unit variance
+UNSAID = [None]                                # a caption need not name it, or has no second object
+OBJECT = {"colour": UNSAID + list(shapes.COLOURS), "shape": UNSAID + list(shapes.SHAPES),
+          "size": UNSAID + list(shapes.SIZES)}
+NAMES = {"background": UNSAID + list(shapes.BACKGROUNDS), "axis": UNSAID + ["across", "down"],
+         "place": UNSAID + list(shapes.PLACES),
+         **{f"{name} {i}": values for i in (1, 2) for name, values in OBJECT.items()}}
+
+
+def labels(scene, caption):
+    """What the caption says about its scene: {name: index into NAMES[name]}; 0: unsaid."""
+    things, relation = scene["objects"], scene["relation"]
+    if relation in ("right of", "below"):                                 # the left or upper first
+        things = things[::-1]
+    said = dict(background=scene["background"] if scene["background"] in caption else None,
+                axis=None if relation is None else
+                "across" if relation in ("left of", "right of") else "down",
+                place=None)
+    if relation is None and (place := things[0]["place"]) and shapes.PLACES[place][2] in caption:
+        said["place"] = place
+    for i, thing in enumerate(things, 1):
+        words = f"{thing['colour']} {thing['shape']}"
+        sized = f"{thing['size']} {words}" in caption
+        said |= {f"colour {i}": thing["colour"], f"shape {i}": thing["shape"],
+                 f"size {i}": thing["size"] if sized else None}
+    return {name: values.index(said.get(name)) for name, values in NAMES.items()}
+
+
+def batch(indices, split):
+    """-> captions [str], answers {name: (B,) int64}."""
+    scenes = [shapes.scene(index, split, SEED) for index in indices]
+    captions = [shapes.caption(scene, np.random.RandomState([SEED, index]))
+                for index, scene in zip(indices, scenes)]
+    answers = [labels(*pair) for pair in zip(scenes, captions)]
+    return captions, {name: torch.tensor([one[name] for one in answers]) for name in NAMES}
+
+
+def make_head(width):
+    """(B, width) -> (B, K): one hidden layer."""
+    return nn.Sequential(nn.Linear(width, 256), nn.GELU(),
+                         nn.Linear(256, sum(map(len, NAMES.values()))))
+
+
+def end_of_text(encoder, captions):
+    """The token at the end of each caption, which alone has seen all of it: (B, width)."""
+    real = encoder.tokens(captions)[1]                                    # (B, L)
+    tokens = encoder(captions)                                     # (B, L, width)
+    return tokens[torch.arange(len(captions)), real.sum(1) - 1]
+
+
+def loss(head, features, answers):
+    """Cross-entropy of every answer, and the shares right."""
+    total, right = 0.0, {}
+    parts = head(features).split([*map(len, NAMES.values())], dim=-1)
+    for name, part in zip(NAMES, parts):
+        total = total + F.cross_entropy(part, answers[name])
+        right[name] = (part.argmax(-1) == answers[name]).float().mean().item()
+    return total, right
+
+
+def teach(config, out):
+    """config: a stage_c.Config, whose steps, batch_size, lr and so on are used here."""
+    device, _, _ = run.setup(config.seed)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    encoder = data.text_encoder("pocket", device=device)
+    encoder.tower.load_state_dict(data.random_text_weights(encoder.tower))
+    layers = encoder.tower.transformer.requires_grad_(True)
+    head = make_head(encoder.width).to(device)
+    ema = copy.deepcopy(encoder)
+    ema_head = copy.deepcopy(head).requires_grad_(False)
+    parameters = [*layers.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95))
+    parts = dict(layers=layers, layers_ema=ema.tower.transformer, head=head, head_ema=ema_head,
+                 optimizer=optimizer)
+    state, start = run.resume(out / "checkpoint.pt", "text", config, device, 0, {}), 0
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        start = state["step"]
+    test = batch(range(1000), "heldout")
+    log, guard, stop = run.Log(out, config, start, 0, 1), run.NanGuard(), run.StopSignal()
+    for step in range(start, config.steps):
+        first = step * config.batch_size                                  # every caption is new
+        captions, answers = batch(range(first, first + config.batch_size), "train")
+        features = end_of_text(encoder, captions)
+        value, _ = loss(head, features + NOISE * torch.randn_like(features), answers)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        grad = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = run.learning_rate(step, config)
+        if not guard.is_bad(grad, step):
+            optimizer.step()
+            run.ema_update(ema.tower.transformer, layers, step, config.ema)
+            run.ema_update(ema_head, head, step, config.ema)
+        done, last = step + 1, stop.now(device, 1) or step + 1 == config.steps
+        log.step(config.batch_size)
+        saves, right = done % config.save_every == 0 or last, {}
+        if saves:
+            with torch.no_grad():
+                right = loss(ema_head, end_of_text(ema, test[0]), test[1])[1]
+            run.save_checkpoint(out / "checkpoint.pt", dict(
+                {name: part.state_dict() for name, part in parts.items()}, stage="text", step=done,
+                config=asdict(config), random=run.random_state(device)))
+            save_file({f"transformer.{name}": value.half().contiguous()
+                       for name, value in ema.tower.transformer.state_dict().items()},
+                      out / "text.safetensors", {"format": "pt", "steps": str(done),
+                                                 "config": json.dumps(asdict(config)),
+                                                 "right on heldout": json.dumps(right)})
+        if saves or done % config.log_every == 0:
+            log.write(done, loss=value.item(), grad=grad.item(), **right)
+        if last:
+            break
+    log.finish(out, stop)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/pocket/text")
+    parser.add_argument("--steps", type=int, default=CONFIG.steps)
+    settings = parser.parse_args()
+    teach(replace(CONFIG, steps=settings.steps, cooldown=settings.steps // 2), settings.out)
+
+
+if __name__ == "__main__":
+    run.start(main)
