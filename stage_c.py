@@ -91,8 +91,8 @@ PRESETS = {
         width=1536, depth=32, heads=24, text_width=1280, text_encoder="clip-bigg", p2="released"),
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         width=192, depth=4, heads=6, text_width=128, dropout=0.0, text_encoder="pocket",
-        image_size=128, remember=True, steps=1200, batch_size=128, accumulate=1, lr=2e-3,
-        warmup=100, cooldown=400, workers=1, log_every=20, preview_every=200, save_every=100),
+        image_size=128, remember=True, steps=2000, batch_size=128, accumulate=1, lr=2e-3,
+        warmup=100, cooldown=700, workers=1, log_every=20, preview_every=200, save_every=100),
 }
 
 
