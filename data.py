@@ -783,7 +783,8 @@ class TextEncoder(nn.Module):
 
     Padded as the released models were trained (Hugging Face's CLIP tokenizer and text model): up
     to L with the token `pad`, and nothing attends to a padded position. What comes out at those
-    positions still goes on to Stages B and C, which attend to all L.
+    positions still goes on to Stages B and C, which attend to all L. (pocket/teach_text.py alone
+    unfreezes layers: then what comes out has a gradient.)
     """
 
     def __init__(self, name, tower, tokenizer, pad):
@@ -869,11 +870,14 @@ def _pocket_weights(tower):
             taught = {name: value.float() for name, value in load_file(POCKET_TEXT).items()}
         except (OSError, SafetensorError) as error:
             raise DataError(f"{POCKET_TEXT}: not a readable text tower ({error}).") from None
-        expected = {name for name in state if name.startswith("transformer.")}
-        if expected != set(taught):
-            names = sorted(expected ^ set(taught))
+        expected, found = ({name: tuple(value.shape) for name, value in tensors.items()
+                            if tensors is taught or name.startswith("transformer.")}
+                           for tensors in (state, taught))
+        if expected != found:
+            name = sorted(name for name, _ in expected.items() ^ found.items())[0]
             raise DataError(f"{POCKET_TEXT}: expected the {len(expected)} tensors of the pocket "
-                            f"tower's layers; {names[0]} is in one of the two alone.")
+                            f"tower's layers; of {name} it has {found.get(name)}, expected "
+                            f"{expected.get(name)}.")
         state |= taught
     return state
 

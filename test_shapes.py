@@ -1778,7 +1778,8 @@ def test_pocket_text_encoder_knows_word_order(encoder):
 
 def test_bad_pocket_text_weights(tmp_path, monkeypatch):
     """A damaged file and one of another tower are named, with what was expected."""
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
+    taught = load_file(data.POCKET_TEXT)
     path = tmp_path / "text.safetensors"
     monkeypatch.setattr(data, "POCKET_TEXT", str(path))
     path.write_bytes(b"no tensors")
@@ -1786,6 +1787,10 @@ def test_bad_pocket_text_weights(tmp_path, monkeypatch):
         data.text_encoder("pocket")
     save_file({"transformer.other": torch.zeros(2)}, path)
     with pytest.raises(data.DataError, match="expected the 24 tensors"):
+        data.text_encoder("pocket")
+    name = "transformer.resblocks.0.ln_1.weight"
+    save_file(taught | {name: torch.ones(64)}, path)
+    with pytest.raises(data.DataError, match=rf"of {name} it has \(64,\), expected \(128,\)"):
         data.text_encoder("pocket")
 
 

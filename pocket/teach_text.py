@@ -71,13 +71,14 @@ def labels(scene, caption):
     return {name: values.index(said.get(name)) for name, values in NAMES.items()}
 
 
-def batch(indices, split):
+def batch(indices, split, device="cpu"):
     """-> captions [str], answers {name: (B,) int64}."""
     scenes = [shapes.scene(index, split, SEED) for index in indices]
     captions = [shapes.caption(scene, np.random.RandomState([SEED, index]))
                 for index, scene in zip(indices, scenes)]
     answers = [labels(*pair) for pair in zip(scenes, captions)]
-    return captions, {name: torch.tensor([one[name] for one in answers]) for name in NAMES}
+    return captions, {name: torch.tensor([one[name] for one in answers], device=device)
+                      for name in NAMES}
 
 
 def make_head(width):
@@ -89,7 +90,7 @@ def make_head(width):
 def end_of_text(encoder, captions):
     """The token at the end of each caption, which alone has seen all of it: (B, width)."""
     real = encoder.tokens(captions)[1]                                    # (B, L)
-    tokens = encoder(captions)                                     # (B, L, width)
+    tokens = encoder(captions)                                            # (B, L, width)
     return tokens[torch.arange(len(captions)), real.sum(1) - 1]
 
 
@@ -110,9 +111,9 @@ def teach(config, out):
     out.mkdir(parents=True, exist_ok=True)
     encoder = data.text_encoder("pocket", device=device)
     encoder.tower.load_state_dict(data.random_text_weights(encoder.tower))
+    ema = copy.deepcopy(encoder)
     layers = encoder.tower.transformer.requires_grad_(True)
     head = make_head(encoder.width).to(device)
-    ema = copy.deepcopy(encoder)
     ema_head = copy.deepcopy(head).requires_grad_(False)
     parameters = [*layers.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95))
@@ -123,11 +124,11 @@ def teach(config, out):
         for name, part in parts.items():
             part.load_state_dict(state[name])
         start = state["step"]
-    test = batch(range(1000), "heldout")
+    test = batch(range(1000), "heldout", device)
     log, guard, stop = run.Log(out, config, start, 0, 1), run.NanGuard(), run.StopSignal()
     for step in range(start, config.steps):
         first = step * config.batch_size                                  # every caption is new
-        captions, answers = batch(range(first, first + config.batch_size), "train")
+        captions, answers = batch(range(first, first + config.batch_size), "train", device)
         features = end_of_text(encoder, captions)
         value, _ = loss(head, features + NOISE * torch.randn_like(features), answers)
         optimizer.zero_grad(set_to_none=True)
