@@ -56,6 +56,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from plumbing.cli import UsageError
 from pocket import shapes
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -63,10 +64,6 @@ FOLDER_SUFFIXES = IMAGE_SUFFIXES + ("bmp", "gif", "tif", "tiff")  # packed as pn
 MAX_PIXELS = 89_000_000  # ours: just below the size at which Pillow itself begins to warn
 INDEX_VERSION = 2        # ours: written into each cached index; another number is scanned again
 OPEN_FILES = 32          # ours: file handles kept open per process, for sources of many shards
-
-
-class DataError(ValueError):
-    """The data, or the weights of the text encoder, cannot be used; the message says why."""
 
 
 class BadSample(Exception):
@@ -448,7 +445,7 @@ class CaptionedImages(Dataset):
     def _stop(self, what):
         found = ", ".join(f"{n} x {reason}" for reason, n in self.counts().items())
         example = f" (such as {self.problems[0][1]})" if self.problems else ""
-        raise DataError(
+        raise UsageError(
             f"{self.source}: {what}; found {found or 'nothing'}{example}; expected a folder of "
             "tars, a quoted pattern such as \"shards/{00000..00099}.tar\" (in them KEY.jpg|jpeg|"
             "png|webp and KEY.txt), a folder of images each with NAME.txt, or one with "
@@ -555,7 +552,7 @@ class CaptionedImages(Dataset):
         good = [sample for sample in samples if "failed" not in sample]
         sizes = {tuple(sample["image"].shape[1:]) for sample in good}
         if len(sizes) > 1:
-            raise DataError(f"{self.source}: one batch holds images of different sizes "
+            raise UsageError(f"{self.source}: one batch holds images of different sizes "
                             f"{sorted(sizes)[:3]}; give a crop, so that they can be stacked.")
         return {
             "images": torch.stack([sample["image"] for sample in good]) if good else None,
@@ -640,7 +637,7 @@ class Failures:
                                f"({len(self.named)} so far)", file=sys.stderr)
         if (on_trial and self.bad > self.trial / 2) or self.in_a_row >= 1000:
             reasons = ", ".join(f"{n} x {reason}" for reason, n in self.counts.most_common())
-            raise DataError(f"{self.source}: {self.bad} of {self.seen} samples cannot be used "
+            raise UsageError(f"{self.source}: {self.bad} of {self.seen} samples cannot be used "
                             f"({reasons}), such as {batch['failed'][-1][0]}; expected at most "
                             "half (python data.py look shows what is there).")
 
@@ -703,7 +700,7 @@ class Memory(Dataset):
                                  for x in results)
         for kept, x in zip(self.tensors, results):
             if x.is_floating_point() and not torch.isfinite(x).all():
-                raise DataError(f"{self.source}: encoding {batch['keys'][0]} and those after it "
+                raise UsageError(f"{self.source}: encoding {batch['keys'][0]} and those after it "
                                 "gave numbers that float16 cannot hold; expected up to 65,504.")
             kept[rows] = x.to("cpu")
         for index, caption in zip(batch["indices"], batch["captions"]):
@@ -827,10 +824,10 @@ def text_encoder(name="pocket", weights=None, device="cpu"):
     weights: for CLIP, None for the hub, or a local path: an open_clip checkpoint, a folder
     text_encoder/ as transformers writes it (its size is read from config.json, its padding from the
     folder tokenizer/ beside it), or a folder that holds either under the encoder's name.
-    Raises DataError.
+    Raises UsageError.
     """
     if name not in TEXT_ENCODERS:
-        raise DataError(f"text encoder {name!r} is not known; expected one of "
+        raise UsageError(f"text encoder {name!r} is not known; expected one of "
                         f"{', '.join(TEXT_ENCODERS)}.")
     size, pad = TEXT_ENCODERS[name], END_OF_TEXT
     if name != "pocket" and weights and os.path.isdir(weights):
@@ -853,7 +850,7 @@ def text_encoder(name="pocket", weights=None, device="cpu"):
         tower.load_state_dict(state, assign=True)
     except RuntimeError as error:
         detail = str(error).splitlines()[-1].strip()[:160]
-        raise DataError(f"{weights}: is not the text tower of {name}, {size['width']} wide with "
+        raise UsageError(f"{weights}: is not the text tower of {name}, {size['width']} wide with "
                         f"{size['layers']} layers: {detail}.") from None
     tower.attn_mask = tower.build_causal_mask()  # not part of the state, so still on "meta"
     return TextEncoder(name, tower.float(), SimpleTokenizer(), pad).to(device)
@@ -869,13 +866,13 @@ def _pocket_weights(tower):
         try:
             taught = {name: value.float() for name, value in load_file(POCKET_TEXT).items()}
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{POCKET_TEXT}: not a readable text tower ({error}).") from None
+            raise UsageError(f"{POCKET_TEXT}: not a readable text tower ({error}).") from None
         expected, found = ({name: tuple(value.shape) for name, value in tensors.items()
                             if tensors is taught or name.startswith("transformer.")}
                            for tensors in (state, taught))
         if expected != found:
             name = sorted(name for name, _ in expected.items() ^ found.items())[0]
-            raise DataError(f"{POCKET_TEXT}: expected the {len(expected)} tensors of the pocket "
+            raise UsageError(f"{POCKET_TEXT}: expected the {len(expected)} tensors of the pocket "
                             f"tower's layers; of {name} it has {found.get(name)}, expected "
                             f"{expected.get(name)}.")
         state |= taught
@@ -924,7 +921,7 @@ def _clip_weights(name, weights, size):
     except (OSError, RuntimeError, ValueError, AttributeError, EOFError,
             SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0][:160].rstrip(". ")
-        raise DataError(
+        raise UsageError(
             f"The CLIP weights of {name} ({model}, {tag}) could not be loaded ({reason}): give "
             "their file with --clip /path/open_clip_model.safetensors, or go online once "
             f"({download}), or use --preset pocket, which needs no CLIP.") from None
@@ -940,10 +937,10 @@ def _transformers_config(folder):
                 "layers": config["num_hidden_layers"], "length": config["max_position_embeddings"],
                 "mlp_ratio": config["intermediate_size"] / config["hidden_size"]}
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: expected the configuration of a CLIPTextModel, as transformers "
+        raise UsageError(f"{path}: expected the configuration of a CLIPTextModel, as transformers "
                         f"writes it ({error!r}).") from None
     if config.get("hidden_act", "gelu") != "gelu":
-        raise DataError(f"{path}: hidden_act is {config['hidden_act']!r}, expected gelu, as in "
+        raise UsageError(f"{path}: hidden_act is {config['hidden_act']!r}, expected gelu, as in "
                         "the CLIP towers of laion.")
     token, ids = "<|endoftext|>", {"<|endoftext|>": END_OF_TEXT, "!": 0}
     beside = os.path.join(os.path.dirname(os.path.normpath(folder)), "tokenizer")
@@ -955,7 +952,7 @@ def _transformers_config(folder):
             token = found["content"] if isinstance(found, dict) else found
             break
     if token not in ids:
-        raise DataError(f"{path}: pads with {token!r}, expected one of {', '.join(ids)}.")
+        raise UsageError(f"{path}: pads with {token!r}, expected one of {', '.join(ids)}.")
     return size, ids[token]
 
 
@@ -973,7 +970,7 @@ def _transformers_weights(folder):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError,
             pickle.UnpicklingError) as error:
-        raise DataError(f"{folder}: expected a model.safetensors (or pytorch_model.bin) that can "
+        raise UsageError(f"{folder}: expected a model.safetensors (or pytorch_model.bin) that can "
                         f"be read: {str(error).splitlines()[0][:160]}.") from None
     state = {}
     for name, value in found.items():
@@ -1077,7 +1074,7 @@ def make_shapes(out, count=20_000, split="train", size=128, seed=0, workers=2, p
         with open(note, encoding="utf-8") as file:
             found = json.load(file)
     if found != settings and (found or glob.glob(os.path.join(glob.escape(out), "*.tar"))):
-        raise DataError(f"{out}: holds other data ({found or 'tars without a shapes.json'}), "
+        raise UsageError(f"{out}: holds other data ({found or 'tars without a shapes.json'}), "
                         f"expected an empty folder or the drawings of {settings}.")
     with open(f"{note}.tmp", "w", encoding="utf-8") as file:
         json.dump(settings, file)
@@ -1105,11 +1102,11 @@ def make_shapes(out, count=20_000, split="train", size=128, seed=0, workers=2, p
 def pack(folder, out, per_shard=1000):
     """A folder of captioned images -> shards; jpg, png and webp are copied byte for byte."""
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise DataError(f"{out}: is there already and not empty; expected a new folder "
+        raise UsageError(f"{out}: is there already and not empty; expected a new folder "
                         "(nothing is overwritten).")
     dataset = CaptionedImages(folder, report=False)
     if dataset.shards:
-        raise DataError(f"{folder}: holds shards already; expected a folder of images.")
+        raise UsageError(f"{folder}: holds shards already; expected a folder of images.")
     print(dataset.describe())
     part = f"{os.path.normpath(out)}.part"  # takes the final name only when all is written
     os.makedirs(part, exist_ok=True)
@@ -1170,7 +1167,7 @@ def look(source, out="look.png", pictures=24, check=1000):
     print(f"  decoded {part}: {len(good):,} readable"
           + "".join(f", {n:,} x {reason}" for reason, n in bad.items()))
     if not good:
-        raise DataError(f"{source}: none of {len(spread):,} samples can be decoded.")
+        raise UsageError(f"{source}: none of {len(spread):,} samples can be decoded.")
     print("  sizes (width x height): "
           + ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(5))
           + (f" and {len(sizes) - 5:,} others" if len(sizes) > 5 else ""))
@@ -1233,16 +1230,16 @@ def main(arguments=None):
     try:
         for name in ("count", "size", "per_shard"):
             if given.get(name, 1) < 1 or (name == "per_shard" and given.get(name, 1) > 10_000):
-                raise DataError(f"--{name.replace('_', '-')} {given[name]}: expected a number "
+                raise UsageError(f"--{name.replace('_', '-')} {given[name]}: expected a number "
                                 "from 1 (a shard holds at most 10,000).")
         if chosen == "look":
             if len(given["source"]) > 1:
-                raise DataError(f"look: takes one source but got {len(given['source'])}, as when "
+                raise UsageError(f"look: takes one source but got {len(given['source'])}, as when "
                                 "the shell expands a pattern; put it in quotes.")
             look(given["source"][0], given["out"])
         else:
             (pack if chosen == "pack" else make_shapes)(**given)
-    except (DataError, OSError) as error:
+    except (UsageError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on (shapes) or begins again (pack)")

@@ -17,7 +17,6 @@ into the PNG's metadata. Picture i of a seed is the same whatever is drawn besid
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +31,8 @@ import semantic_compressor
 import stage_a
 import stage_b
 import stage_c
-from plumbing import run
+from plumbing.cli import UsageError
+from plumbing import checkpoint, cli, pictures, training
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ from plumbing import run
 DIFFUSERS = dict(a="wuerstchen/vqgan", b="wuerstchen/decoder", c="wuerstchen-prior/prior",
                  compressor="EfficientNetEncoder", text_b="wuerstchen/text_encoder",
                  text_c="wuerstchen-prior/text_encoder")                  # warp-ai, on the hub
-POCKET = {part: run.POCKET / f"stage_{stage}.safetensors"                 # in this repository
+POCKET = {part: checkpoint.POCKET / f"stage_{stage}.safetensors"                 # in this repository
           for part, stage in dict(a="a", b="b", c="c", compressor="b").items()}
 LAYOUTS = (      # of a folder of weights; the compressor and the text encoders may be missing
     dict(a="stage_a/checkpoint.pt", b="stage_b/checkpoint.pt", c="stage_c/checkpoint.pt",
@@ -64,7 +64,7 @@ def find(folder, needed="abc"):
         if found and any(Path(folder) in path.parents for path in paths.values() if path.exists()):
             return {part: path for part, path in paths.items()
                     if path.exists() and (part != "c" or "c" in needed)}
-    raise run.CheckpointError(
+    raise UsageError(
         f"--weights {folder}: expected stage_a/, stage_b/ and "
         "stage_c/, each with the checkpoint.pt that training leaves; or wuerstchen/ with vqgan/ "
         "and decoder/ and wuerstchen-prior/ with prior/, as diffusers writes them; or the official "
@@ -86,7 +86,7 @@ def download():
                 roots[name] = huggingface_hub.snapshot_download(
                     f"warp-ai/{name}", allow_patterns=patterns, local_files_only=True)
             except (OSError, ValueError):
-                raise run.CheckpointError(
+                raise UsageError(
                     f"--weights released: not all of warp-ai/{name} is in the hub's cache, and it "
                     f"cannot be downloaded ({str(offline).splitlines()[0]}); go online once, or "
                     "put decoder/, vqgan/, text_encoder/ and tokenizer/ of warp-ai/wuerstchen into "
@@ -115,22 +115,22 @@ def load_chain(a, b, c=None, compressor=None, text_b=None, text_c=None, clip=Non
     """Load the stages and the text encoders that they were trained with, from the paths of `find`.
 
     compressor: None where it is in Stage B's checkpoint. clip: weights for CLIP text encoders
-    (data.text_encoder), before text_b and text_c. Raises run.CheckpointError with a sentence: a
+    (data.text_encoder), before text_b and text_c. Raises UsageError with a sentence: a
     missing file, a checkpoint of another stage, or stages that were not trained on each other.
     """
     vqgan, decoder = stage_a.load(a, device), stage_b.load(b, device)
-    state_b, state_c = (run.load_checkpoint(path, stage) if path and Path(path).is_file() else {}
+    state_b, state_c = (checkpoint.load_checkpoint(path, stage) if path and Path(path).is_file() else {}
                         for path, stage in ((b, "B"), (c, "C")))
     released = semantic_compressor.PRESETS["released"]
     scale, net = (released.latent_mean, released.latent_std), None
     if compressor or "compressor_ema" in state_b:
         net = semantic_compressor.load(compressor or b, device)
         scale = net.config.latent_mean, net.config.latent_std
-    if "stage_a" in state_b and run.checksum(vqgan.state_dict()) != state_b["stage_a"]:
-        raise run.CheckpointError(f"{b}: trained on the latents of another Stage A than {a}; give "
+    if "stage_a" in state_b and checkpoint.checksum(vqgan.state_dict()) != state_b["stage_a"]:
+        raise UsageError(f"{b}: trained on the latents of another Stage A than {a}; give "
                                   "the one it was trained with")
-    if "compressor" in state_c and run.checksum(net.state_dict()) != state_c["compressor"]:
-        raise run.CheckpointError(f"{c}: trained on the latents of another compressor than the one "
+    if "compressor" in state_c and checkpoint.checksum(net.state_dict()) != state_c["compressor"]:
+        raise UsageError(f"{c}: trained on the latents of another compressor than the one "
                                   f"in {b}; Stage C has to be trained again when Stage B was")
     encoder_b = text_encoder(state_b, "clip-h", decoder, b, clip or text_b, device)
     prior, encoder_c = None, encoder_b
@@ -144,16 +144,16 @@ def load_chain(a, b, c=None, compressor=None, text_b=None, text_c=None, clip=Non
 def text_encoder(state, published, model, path, weights, device):
     """The text encoder a checkpoint names, or the `published` one where it names none.
 
-    CheckpointError if it is not the one that the model was trained with.
+    UsageError if it is not the one that the model was trained with.
     """
     known = state.get("text_encoder", {"name": published})
     encoder = data.text_encoder(known["name"], weights, device)
     if encoder.checksum != known.get("checksum", encoder.checksum):
-        raise run.CheckpointError(
+        raise UsageError(
             f"{path}: trained with another text encoder {encoder.name} than the one loaded (sha256 "
             f"{encoder.checksum[:12]}, expected {known['checksum'][:12]})")
     if encoder.width != model.config.text_width:
-        raise run.CheckpointError(f"{path}: reads text tokens {model.config.text_width} wide, those"
+        raise UsageError(f"{path}: reads text tokens {model.config.text_width} wide, those"
                                   f" of the text encoder {encoder.name} are {encoder.width} wide")
     return encoder
 
@@ -214,11 +214,11 @@ def picture_of_steps(chain, prompt, seed, height, width, settings):
         return [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)]
 
     big = torch.nn.functional.interpolate
-    row_c = [big(run.latent_picture(x), (height, width))[0] for x in spread(history_c, 5)]
+    row_c = [big(pictures.latent_picture(x), (height, width))[0] for x in spread(history_c, 5)]
     row_b = [chain.a.decode(chain.a.unstandardise(x))[0] for x in spread(history_b, 5)]
     shares = ("the first step", "1/4", "1/2", "3/4", "all steps")
     names = [f"Stage {stage} after {share}" for stage in "CB" for share in shares]
-    return run.grid(row_c + row_b, 5, names), image
+    return pictures.grid(row_c + row_b, 5, names), image
 
 
 @torch.no_grad()
@@ -227,7 +227,7 @@ def reconstruct(chain, path, prompt, settings):
     try:
         image = data.decode(Path(path).read_bytes())
     except (OSError, data.BadSample) as error:
-        sys.exit(f"{path}: expected an image that Pillow reads ({error})")
+        raise UsageError(f"{path}: expected an image that Pillow reads ({error})")
     width, height = (max(128, round(side / 128) * 128) for side in image.size)
     if (width, height) != image.size:
         print(f"{path}: {image.size[0]}x{image.size[1]} is resized to {width}x{height}")
@@ -237,35 +237,35 @@ def reconstruct(chain, path, prompt, settings):
     latents = chain.compressor.standardise(chain.compressor(semantic_compressor.resize(pixels)))
     by_b = draw_images(chain, latents, [prompt], [settings.seed], settings.steps_b,
                        settings.guidance_b, settings.start, settings.negative)
-    loss_a, loss_b = run.psnr(by_a, pixels), run.psnr(by_b, pixels)
+    loss_a, loss_b = pictures.psnr(by_a, pixels), pictures.psnr(by_b, pixels)
     captions = ["the image", f"through Stage A alone: {loss_a:.1f} dB",
                 f"through compressor, B and A: {loss_b:.1f} dB"]
-    return run.grid([pixels[0], by_a[0], by_b[0]], 3, captions), (loss_a, loss_b)
+    return pictures.grid([pixels[0], by_a[0], by_b[0]], 3, captions), (loss_a, loss_b)
 
 
 def export(chain, folder):
     """Write A, B, C and the compressor as diffusers does: folder/wuerstchen, …-prior, ….
 
     The text encoders are not written: they are those of warp-ai/wuerstchen and -prior, unchanged.
-    Raises run.ConfigError where diffusers has no such network.
+    Raises UsageError where diffusers has no such network.
     """
     if chain.b.config.attend_to_sem or chain.b.config.head != "released":
-        raise run.ConfigError("diffusers' Stage B does not attend to the compressor's latents and "
+        raise UsageError("diffusers' Stage B does not attend to the compressor's latents and "
                               "has the released head; only one trained with --preset released can "
                               "be exported")
     folder = Path(folder)
     raw = chain.b.config.condition == "raw"
     mean, std = chain.scale if raw else (0.0, 1.0)
     try:
-        run.save_diffusers(folder / "wuerstchen/vqgan", *stage_a.to_diffusers(chain.a))
+        checkpoint.save_diffusers(folder / "wuerstchen/vqgan", *stage_a.to_diffusers(chain.a))
     except ValueError as error:
-        raise run.ConfigError(str(error)) from None
-    run.save_diffusers(folder / "wuerstchen/decoder", stage_b.to_diffusers(chain.b.config),
+        raise UsageError(str(error)) from None
+    checkpoint.save_diffusers(folder / "wuerstchen/decoder", stage_b.to_diffusers(chain.b.config),
                        chain.b.state_dict())
-    run.save_diffusers(folder / "wuerstchen-prior/prior", stage_c.to_diffusers(chain.c.config),
+    checkpoint.save_diffusers(folder / "wuerstchen-prior/prior", stage_c.to_diffusers(chain.c.config),
                        chain.c.state_dict())
     if chain.compressor is not None:
-        run.save_diffusers(folder / "EfficientNetEncoder",
+        checkpoint.save_diffusers(folder / "EfficientNetEncoder",
                            *semantic_compressor.to_diffusers(chain.compressor))
     # diffusers calls the divisor "latent_mean" and the offset "latent_std": raw = x * mean - std
     text = {"scheduler": ["diffusers", "DDPMWuerstchenScheduler"],
@@ -315,7 +315,7 @@ def options():
     parser.add_argument("prompt", nargs="*", help="one or more prompts")
     parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
     parser.add_argument("--out", default="sample.png")
-    parser.add_argument("--weights", default=run.POCKET,
+    parser.add_argument("--weights", default=checkpoint.POCKET,
                         help="a folder, as runs/pocket (default: those of this repository, in "
                              "pocket/), or `released`: downloads the published ones")
     parser.add_argument("--clip", metavar="PATH", help="local weights of the CLIP text encoder, or "
@@ -346,38 +346,35 @@ def main(argv=None):
         try:
             lines = Path(settings.prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            sys.exit(f"{settings.prompts}: expected UTF-8 text, a prompt on each line ({error})")
+            raise UsageError(f"{settings.prompts}: expected UTF-8 text, a prompt on each line ({error})")
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts and not settings.reconstruct and not settings.export:
-        sys.exit('no prompt: give one, as `python sample.py "a red star above a blue circle"`')
+        raise UsageError('no prompt: give one, as `python sample.py "a red star above a blue circle"`')
     if settings.steps_c == "released":
         settings.steps_c = stage_c.RELEASED_LEVELS
     elif settings.steps_c < 1:
-        sys.exit("--steps-c is a count: expected 1 or more, or `released`")
+        raise UsageError("--steps-c is a count: expected 1 or more, or `released`")
     if settings.n < 1 or settings.steps_b < 1 or settings.batch_size < 1:
-        sys.exit("--n, --steps-b and --batch-size are counts: expected 1 or more")
+        raise UsageError("--n, --steps-b and --batch-size are counts: expected 1 or more")
     if not Path(settings.out).parent.is_dir():
-        sys.exit(f"--out {settings.out}: the folder {Path(settings.out).parent} does not exist")
+        raise UsageError(f"--out {settings.out}: the folder {Path(settings.out).parent} does not exist")
 
-    device, _, _ = run.setup(settings.seed)
-    try:
-        paths = download() if settings.weights == "released" else find(
-            settings.weights, "ab" if settings.reconstruct else "abc")
-        chain = load_chain(**paths, clip=settings.clip, device=device)
-        if settings.export:
-            export(chain, settings.export)
-            print(f"{settings.export}: wuerstchen/ and wuerstchen-prior/, as diffusers reads them")
-            return
-    except (run.CheckpointError, run.ConfigError, data.DataError) as error:
-        sys.exit(str(error))
+    device, _, _ = training.setup(settings.seed)
+    paths = download() if settings.weights == "released" else find(
+        settings.weights, "ab" if settings.reconstruct else "abc")
+    chain = load_chain(**paths, clip=settings.clip, device=device)
+    if settings.export:
+        export(chain, settings.export)
+        print(f"{settings.export}: wuerstchen/ and wuerstchen-prior/, as diffusers reads them")
+        return
     if settings.reconstruct and chain.compressor is None:
-        sys.exit(f"--reconstruct needs the Semantic Compressor, and {settings.weights} holds none; "
+        raise UsageError(f"--reconstruct needs the Semantic Compressor, and {settings.weights} holds none; "
                  "put warp-ai/EfficientNetEncoder beside wuerstchen/, as EfficientNetEncoder/")
 
     about = dict(seed=settings.seed, steps_c=settings.steps_c, steps_b=settings.steps_b,
                  guidance_c=settings.guidance_c, guidance_b=settings.guidance_b,
                  start=settings.start, negative=settings.negative,
-                 weights="pocket" if settings.weights == run.POCKET else settings.weights)
+                 weights="pocket" if settings.weights == checkpoint.POCKET else settings.weights)
     if settings.reconstruct:
         sheet, loss = reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)
         print(f"Stage A alone {loss[0]:.1f} dB; compressor, B and A {loss[1]:.1f} dB")
@@ -399,10 +396,10 @@ def main(argv=None):
             images += draw_images(chain, latents, list(some), seeds, settings.steps_b,
                                   settings.guidance_b, settings.start, settings.negative).cpu()
     if len(jobs) == 1:
-        sheet = run.to_pil(images[0])
+        sheet = pictures.to_pil(images[0])
     else:
         columns = settings.n if settings.n > 1 else min(8, len(jobs))
-        sheet = run.grid(images, columns, [prompt for prompt, _ in jobs])
+        sheet = pictures.grid(images, columns, [prompt for prompt, _ in jobs])
     save(sheet, settings.out, dict(about, size=f"{width}x{height}", n=settings.n, prompts=prompts))
 
 
@@ -415,4 +412,4 @@ def save(sheet, path, about):
 
 
 if __name__ == "__main__":
-    main()
+    cli.start(main)

@@ -27,7 +27,6 @@ While Stage C trains it is frozen, so its latents can be computed once and kept:
 import argparse
 import json
 import os
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,6 +34,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models import efficientnet as tv   # not later: torch 2.6 cannot while on "meta"
+
+from plumbing.cli import UsageError
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def imagenet_weights(model):
     try:
         state = tv.EfficientNet_V2_S_Weights.DEFAULT.get_state_dict(progress=True)
     except OSError as error:                                              # URLError is an OSError
-        sys.exit(f"the ImageNet weights of EfficientNetV2-S could not be downloaded ({error}); go "
+        raise ValueError(f"the ImageNet weights of EfficientNetV2-S could not be downloaded ({error}); go "
                  "online once, or put efficientnet_v2_s-dd5fe13b.pth into the folder "
                  "~/.cache/torch/hub/checkpoints/")
     prefix = "features."
@@ -150,7 +151,7 @@ def latent_scale(model, images):
     latents = torch.cat([model.eval()(part) for part in images.split(32)]).float()
     model.train(training)
     if not latents.isfinite().all():
-        raise FloatingPointError("the compressor's latents are not finite any more, so nothing was "
+        raise ValueError("the compressor's latents are not finite any more, so nothing was "
                                  "saved; the checkpoint is the one before. Try a lower --lr")
     return latents.mean().item(), latents.std().item()
 
@@ -159,8 +160,8 @@ def load(path, device="cpu"):
     """Rebuild the trained compressor, in eval mode, from the Stage B checkpoint that holds it, from
     a folder that diffusers wrote (EfficientNetEncoder) or from an official Stage B .pt file.
     """
-    from plumbing import run
-    return run.rebuild(path, "compressor", SemanticCompressor, config_of, device, "compressor_ema")
+    from plumbing import checkpoint
+    return checkpoint.rebuild(path, "compressor", SemanticCompressor, config_of, device, "compressor_ema")
 
 
 def config_of(state):
@@ -190,17 +191,17 @@ def to_diffusers(model):
 def cached(source, compressor):
     """latents.json of a folder that `cache` wrote, or None if `source` is something else.
 
-    Raises data.DataError if its latents are those of another compressor.
+    Raises UsageError if its latents are those of another compressor.
     """
     import data
-    from plumbing import run
+    from plumbing import checkpoint
     path = os.path.join(source, "latents.json")
     if not os.path.isfile(path):
         return None
     with open(path, encoding="utf-8") as file:
         found = json.load(file)
-    if found["compressor"] != run.checksum(compressor.state_dict()):
-        raise data.DataError(f"{source}: holds latents of another compressor than the one given; "
+    if found["compressor"] != checkpoint.checksum(compressor.state_dict()):
+        raise UsageError(f"{source}: holds latents of another compressor than the one given; "
                              "write them again, into a new folder, with semantic_compressor.py")
     return found
 
@@ -216,16 +217,16 @@ def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_s
 
     import data
     import numpy as np
-    from plumbing import run
+    from plumbing import checkpoint, training
     from tqdm import tqdm
-    device, _, _ = run.setup(0)
+    device, _, _ = training.setup(0)
     compressor = load(weights, device)
     if image_size is None:
-        image_size = run.load_checkpoint(weights, "compressor").get("config", {}).get("image_size")
+        image_size = checkpoint.load_checkpoint(weights, "compressor").get("config", {}).get("image_size")
     if not image_size or image_size % 128:
-        raise data.DataError(f"--image-size {image_size}: expected a multiple of 128")
+        raise UsageError(f"--image-size {image_size}: expected a multiple of 128")
     dataset = data.CaptionedImages(source, resize=image_size, crop=image_size, center=True)
-    settings = {"compressor": run.checksum(compressor.state_dict()), "image_size": image_size,
+    settings = {"compressor": checkpoint.checksum(compressor.state_dict()), "image_size": image_size,
                 "source": os.path.abspath(source), "samples": len(dataset), "per_shard": per_shard}
     os.makedirs(out, exist_ok=True)
     note = os.path.join(out, "latents.json")
@@ -234,10 +235,10 @@ def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_s
             found = json.load(file)
         differ = [name for name in settings if settings[name] != found.get(name)]
         if differ:
-            raise data.DataError(f"{out}: holds latents made with another {' and '.join(differ)}; "
+            raise UsageError(f"{out}: holds latents made with another {' and '.join(differ)}; "
                                  "give a new folder")
     elif os.listdir(out):
-        raise data.DataError(f"{out}: holds other files; expected a new folder")
+        raise UsageError(f"{out}: holds other files; expected a new folder")
     with open(f"{note}.tmp", "w", encoding="utf-8") as file:
         json.dump(settings, file)
     os.replace(f"{note}.tmp", note)
@@ -279,6 +280,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    from plumbing import run
-    run.start(cache, args.data, args.weights, args.out, args.image_size, args.batch_size,
+    from plumbing import cli
+    cli.start(cache, args.data, args.weights, args.out, args.image_size, args.batch_size,
               args.workers)

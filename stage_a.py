@@ -25,7 +25,6 @@ names, so that its weights load without renaming.
 A healthy pocket run prints: psnr above 20 after 100 steps and rising, codes_used above .9 at 300.
 """
 
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -265,11 +264,11 @@ def perceptual_network(name):
     if name == "none":
         return None
     if name != "vgg16":
-        sys.exit(f"--perceptual {name}: found an unknown network, expected vgg16 or none")
+        raise ValueError(f"--perceptual {name}: found an unknown network, expected vgg16 or none")
     try:
         return VGG16Perceptual()
     except OSError as error:                                              # URLError is an OSError
-        sys.exit(f"the ImageNet weights of VGG16 could not be downloaded ({error}); go online "
+        raise ValueError(f"the ImageNet weights of VGG16 could not be downloaded ({error}); go online "
                  "once, put vgg16-397923af.pth into ~/.cache/torch/hub/checkpoints/, or train with "
                  "--perceptual none")
 
@@ -329,7 +328,7 @@ def latent_scale(model, images):
     latents = torch.cat([model.eval().encode(part) for part in images.split(32)]).float()
     model.train(training)
     if not latents.isfinite().all():
-        raise FloatingPointError("Stage A's latents are not finite any more, so nothing was saved; "
+        raise ValueError("Stage A's latents are not finite any more, so nothing was saved; "
                                  "the checkpoint is the one before. Try a lower --lr")
     return latents.mean().item(), latents.std().item()
 
@@ -339,16 +338,16 @@ def latent_scale(model, images):
 def train(config, source, out):
     """Train on images (captions are not used). Goes on by itself if `out` holds a run."""
     import data
-    from plumbing import run
+    from plumbing import checkpoint, pictures, training
 
-    device, rank, world = run.setup(config.seed)
+    device, rank, world = training.setup(config.seed)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     dataset = data.CaptionedImages(source, resize=config.resize, crop=config.crop, seed=config.seed,
                                    filters=data.filters(config))
 
-    model = run.synchronised(StageA(config).to(device).train(), world)
-    discriminator = run.synchronised(PatchDiscriminator().to(device).train(), world)
+    model = training.synchronised(StageA(config).to(device).train(), world)
+    discriminator = training.synchronised(PatchDiscriminator().to(device).train(), world)
     perceptual = perceptual_network(config.perceptual)
     perceptual = perceptual.to(device) if perceptual else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
@@ -360,7 +359,7 @@ def train(config, source, out):
     fixed = next(data.stream(first, 128, seed=config.seed))["images"].to(device)   # preview, scale
 
     given = dict(samples=len(dataset))
-    state = run.resume(out / "checkpoint.pt", "A", config, device, rank, given)
+    state = checkpoint.resume(out / "checkpoint.pt", "A", config, device, rank, given)
     if state:
         model.load_state_dict(state["model"])
         discriminator.load_state_dict(state["discriminator"])
@@ -376,7 +375,7 @@ def train(config, source, out):
 
     batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
                           config.workers)
-    log, guard, stop = run.Log(out, config, start, rank, world), run.NanGuard(), run.StopSignal()
+    log, guard, stop = training.Log(out, config, start, rank, world), training.NanGuard(), training.StopSignal()
     for step in range(start, config.steps):
         optimizer.zero_grad(set_to_none=True)
         optimizer_d.zero_grad(set_to_none=True)
@@ -391,7 +390,7 @@ def train(config, source, out):
             if step == 0:                                                 # data-dependent codebook
                 with torch.no_grad():
                     revive_codes(model, model.encode(images), used)
-                run.agree(used, model.vquantizer.embedding.weight.data, world)
+                training.agree(used, model.vquantizer.embedding.weight.data, world)
             discriminator.requires_grad_(False)                           # it only judges here …
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 value = loss(model, images, perceptual, discriminator if adversarial else None,
@@ -405,14 +404,14 @@ def train(config, source, out):
                     value_d = discriminator_loss(discriminator, images, record["decoded"].float())
                 (value_d / config.accumulate).backward()
         # clip
-        run.average_gradients(model.parameters(), world)
+        training.average_gradients(model.parameters(), world)
         grad = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         grad_d = torch.zeros(())
         if adversarial:
-            run.average_gradients(discriminator.parameters(), world)
+            training.average_gradients(discriminator.parameters(), world)
             grad_d = nn.utils.clip_grad_norm_(discriminator.parameters(), config.grad_clip)
         # lr, step
-        lr = run.learning_rate(step, config)
+        lr = training.learning_rate(step, config)
         for group in optimizer.param_groups + optimizer_d.param_groups:
             group["lr"] = lr
         if not guard.is_bad(grad + grad_d.to(device), step):
@@ -422,24 +421,24 @@ def train(config, source, out):
         done, last = step + 1, stop.now(device, world) or step + 1 == config.steps
         code_use = used.float().mean()                                    # since the last revival
         if done % config.revive_every == 0:
-            run.agree(used, model.vquantizer.embedding.weight.data, world)
+            training.agree(used, model.vquantizer.embedding.weight.data, world)
             revive_codes(model, record["latents"], used)
-            run.agree(used, model.vquantizer.embedding.weight.data, world)
+            training.agree(used, model.vquantizer.embedding.weight.data, world)
             used.zero_()
         # log
         log.step(len(images) * config.accumulate * world)
         if done % config.log_every == 0 or last:
             log.write(done, loss=value.item(), mse=record["mse"].item(), grad=grad.item(), lr=lr,
-                      psnr=run.psnr(record["decoded"], images), codes_used=code_use.item(),
+                      psnr=pictures.psnr(record["decoded"], images), codes_used=code_use.item(),
                       skipped=guard.skipped)
         # checkpoint
         if rank == 0 and (done % config.save_every == 0 or last):
             mean, std = latent_scale(model, fixed)
-            run.save_checkpoint(out / "checkpoint.pt", dict(
+            checkpoint.save_checkpoint(out / "checkpoint.pt", dict(
                 stage="A", config=asdict(replace(config, latent_mean=mean, latent_std=std)),
                 step=done, position=position, model=model.state_dict(), used=used,
                 discriminator=discriminator.state_dict(), optimizer=optimizer.state_dict(),
-                optimizer_d=optimizer_d.state_dict(), random=run.random_state(device), **given))
+                optimizer_d=optimizer_d.state_dict(), random=checkpoint.random_state(device), **given))
             log.pause()
         # preview
         if rank == 0 and (done % config.preview_every == 0 or last):
@@ -453,12 +452,12 @@ def train(config, source, out):
 @torch.no_grad()
 def preview(model, images, path):
     """Top row: images. Below: decoded from the quantised and from the unquantised latents."""
-    from plumbing import run
+    from plumbing import pictures
     model.eval()
     latents = model.encode(images)
     rows = [images, model.decode(model.quantize(latents)[0]), model.decode(latents)]
     model.train()
-    run.grid(torch.cat(rows).float().cpu(), columns=len(images), scale=2).save(path)
+    pictures.grid(torch.cat(rows).float().cpu(), columns=len(images), scale=2).save(path)
 
 
 # ---- checkpoints: ours, diffusers' and the official ones -----------------------------------------
@@ -467,8 +466,8 @@ def load(path, device="cpu"):
     """Rebuild a trained StageA, in eval mode, from a checkpoint: ours,
     a folder that diffusers wrote (PaellaVQModel) or an official .pt file.
     """
-    from plumbing import run
-    return run.rebuild(path, "A", StageA, config_of, device, "model")
+    from plumbing import checkpoint
+    return checkpoint.rebuild(path, "A", StageA, config_of, device, "model")
 
 
 def config_of(state):
@@ -508,8 +507,9 @@ def to_diffusers(model):
 
 
 if __name__ == "__main__":
-    from plumbing import run
-    config, args = run.parse(
+    from plumbing import cli
+    from pocket import shapes
+    config, args = cli.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
         out=(None, "folder of this run (default runs/PRESET/stage_a)"))
-    run.start(train, config, run.source(args), args.out or f"runs/{args.preset}/stage_a")
+    cli.start(train, config, shapes.source(args), args.out or f"runs/{args.preset}/stage_a")

@@ -38,7 +38,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+import torch.utils.checkpoint
+
+from plumbing.cli import UsageError
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -403,7 +405,7 @@ class StageB(nn.Module):
                 elif isinstance(layer, AttnBlock):
                     condition = (*tokens, next(reads))
                 if self.config.checkpoint_activations and self.training:
-                    x = checkpoint(layer, x, *condition, use_reentrant=False)
+                    x = torch.utils.checkpoint.checkpoint(layer, x, *condition, use_reentrant=False)
                 else:
                     x = layer(x, *condition)
             return x
@@ -534,29 +536,29 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
     import data
     import semantic_compressor
     import stage_a
-    from plumbing import run
+    from plumbing import checkpoint, training
 
-    device, rank, world = run.setup(config.seed)
+    device, rank, world = training.setup(config.seed)
     out = Path(out)
-    run.required(stage_a_path, "a Stage A checkpoint",
+    checkpoint.required(stage_a_path, "a Stage A checkpoint",
                  "train it with `python stage_a.py --data …`, or name it with --stage-a. It also "
                  f"needs the text encoder {config.text_encoder} (the hub's, or --clip PATH)")
     if config.compressor not in semantic_compressor.PRESETS:
-        raise run.ConfigError(f"--compressor {config.compressor}: expected one of "
+        raise UsageError(f"--compressor {config.compressor}: expected one of "
                               f"{', '.join(semantic_compressor.PRESETS)}")
     trained = config.compressor_share > 0
     if not trained and not init_from:
-        raise run.ConfigError("--compressor-share 0 leaves the compressor as it is: give the "
+        raise UsageError("--compressor-share 0 leaves the compressor as it is: give the "
                               "checkpoint with a trained one as --init-from")
     for name, known in dict(condition=("raw", "standardised"),
                             head=("released", "velocity")).items():
         found = getattr(config, name)
         if found not in known:
-            raise run.ConfigError(f"--{name} {found}: expected {' or '.join(known)}")
+            raise UsageError(f"--{name} {found}: expected {' or '.join(known)}")
     vqgan = stage_a.load(stage_a_path, device)
     encoder = data.text_encoder(config.text_encoder, clip, device)
     if encoder.width != config.text_width:
-        raise run.ConfigError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
+        raise UsageError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
                               f"expected --text-width {config.text_width}")
     dataset = data.CaptionedImages(source, resize=config.image_size, crop=config.image_size,
                                    seed=config.seed, center=config.remember,
@@ -586,9 +588,9 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
     compressor_config = semantic_compressor.PRESETS[config.compressor]
     compressor = semantic_compressor.SemanticCompressor(compressor_config).to(device).train()
     model = StageB(config).to(device).train()
-    given = dict(samples=len(dataset), stage_a=run.checksum(vqgan.state_dict()),
+    given = dict(samples=len(dataset), stage_a=checkpoint.checksum(vqgan.state_dict()),
                  text_encoder=dict(name=encoder.name, checksum=encoder.checksum))
-    state = run.resume(out / "checkpoint.pt", "B", config, device, rank, given, init_from)
+    state = checkpoint.resume(out / "checkpoint.pt", "B", config, device, rank, given, init_from)
     if init_from and not state:                                           # weights, nothing else
         model.load_state_dict(load(init_from).state_dict())
         compressor.load_state_dict(semantic_compressor.load(init_from).state_dict())
@@ -597,7 +599,7 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
     ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False)
                            for net in (model, compressor))
     # After its average was copied: that one is measured by the first process alone (`settle`).
-    compressor = run.synchronised(compressor, world).requires_grad_(trained)
+    compressor = training.synchronised(compressor, world).requires_grad_(trained)
     parameters = [*model.parameters(), *(compressor.parameters() if trained else ())]
     optimizer = torch.optim.AdamW(
         [dict(params=model.parameters(), share=1.0),
@@ -622,7 +624,7 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
 
     batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
                           0 if config.remember else config.workers)
-    log, guard, stop = run.Log(out, config, start, rank, world), run.NanGuard(), run.StopSignal()
+    log, guard, stop = training.Log(out, config, start, rank, world), training.NanGuard(), training.StopSignal()
     record = []                                                   # (t, error) since the last log
     freeze = config.steps - config.cooldown if config.cooldown else None
     for step in range(start, config.steps):
@@ -654,23 +656,23 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
             (value / config.accumulate).backward()
             seen += len(x_0) * world
         # clip
-        run.average_gradients(parameters, world)
+        training.average_gradients(parameters, world)
         grad = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         # lr, step
-        lr = run.learning_rate(step, config)
+        lr = training.learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
         if not guard.is_bad(grad, step):
             optimizer.step()
             # EMA
-            run.ema_update(ema, model, step, config.ema)
+            training.ema_update(ema, model, step, config.ema)
             if trained:
-                run.ema_update(compressor_ema, compressor, step, config.ema)
+                training.ema_update(compressor_ema, compressor, step, config.ema)
         done, last = step + 1, stop.now(device, world) or step + 1 == config.steps
         # log
         log.step(seen)
         if done % config.log_every == 0 or last:
-            log.write(done, run.by_level(record), loss=value.item(), grad=grad.item(), lr=lr,
+            log.write(done, training.by_level(record), loss=value.item(), grad=grad.item(), lr=lr,
                       skipped=guard.skipped)
             record.clear()
         saves, previews = (rank == 0 and (done % every == 0 or last)
@@ -681,13 +683,13 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
             scale = semantic_compressor.latent_scale(compressor_ema, settling)
         # checkpoint
         if saves:
-            run.save_checkpoint(out / "checkpoint.pt", dict(
+            checkpoint.save_checkpoint(out / "checkpoint.pt", dict(
                 stage="B", config=asdict(config), step=done, position=position,
                 compressor_config=asdict(replace(compressor_config, latent_mean=scale[0],
                                                  latent_std=scale[1])),
                 model=model.state_dict(), ema=ema.state_dict(), compressor=compressor.state_dict(),
                 compressor_ema=compressor_ema.state_dict(), optimizer=optimizer.state_dict(),
-                random=run.random_state(device), **given))
+                random=checkpoint.random_state(device), **given))
             log.pause()
         # preview
         if previews:
@@ -703,7 +705,7 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
 def preview(model, compressor, scale, vqgan, encoder, fixed, path):
     """Top row: images. Then: through A alone; through compressor, B (12 steps, w = 1) and A."""
     import semantic_compressor
-    from plumbing import run
+    from plumbing import pictures
     images, text = fixed["images"][:8], encoder(fixed["captions"][:8])
     raw = compressor(semantic_compressor.resize(images))
     sem = raw if model.config.condition == "raw" else (raw - scale[0]) / scale[1]
@@ -712,7 +714,7 @@ def preview(model, compressor, scale, vqgan, encoder, fixed, path):
     drawn = ddpm_sample(model, latents.shape, sem, text, torch.zeros_like(sem), text, guidance=1,
                         x=vqgan.random_tokens(latents.shape, generators), generator=generators)
     rows = [images, vqgan.decode(latents), vqgan.decode(vqgan.unstandardise(drawn))]
-    run.grid(torch.cat(rows).float().cpu(), columns=len(images)).save(path)
+    pictures.grid(torch.cat(rows).float().cpu(), columns=len(images)).save(path)
 
 
 # ---- checkpoints: ours, diffusers' and the official ones -----------------------------------------
@@ -721,8 +723,8 @@ def load(path, device="cpu"):
     """Rebuild a trained StageB (its EMA weights), in eval mode, from a checkpoint: ours,
     a folder that diffusers wrote (WuerstchenDiffNeXt) or an official .pt file.
     """
-    from plumbing import run
-    return run.rebuild(path, "B", StageB, config_of, device)
+    from plumbing import checkpoint
+    return checkpoint.rebuild(path, "B", StageB, config_of, device)
 
 
 def config_of(state):
@@ -763,8 +765,9 @@ def to_diffusers(config):
 
 
 if __name__ == "__main__":
-    from plumbing import run
-    config, args = run.parse(
+    from plumbing import checkpoint, cli
+    from pocket import shapes
+    config, args = cli.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
         out=(None, "folder of this run (default runs/SIZE/stage_b; of phase 2: stage_b-2)"),
         stage_a=(None, "Stage A checkpoint (default: stage_a/checkpoint.pt beside --out)"),
@@ -772,5 +775,5 @@ if __name__ == "__main__":
         init_from=(None, "begin a new run with the weights of this checkpoint (E.2, phase 2)"))
     size, _, phase = args.preset.partition("-")
     out = args.out or f"runs/{size}/stage_b" + (f"-{phase}" if phase else "")
-    run.start(train, config, run.source(args), out,
-              args.stage_a or run.earlier("a", out, args.preset), args.clip, args.init_from)
+    cli.start(train, config, shapes.source(args), out,
+              args.stage_a or checkpoint.earlier("a", out, args.preset), args.clip, args.init_from)

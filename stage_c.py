@@ -34,7 +34,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+import torch.utils.checkpoint
+
+from plumbing.cli import UsageError
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -343,7 +345,7 @@ class StageC(nn.Module):
             elif isinstance(block, AttnBlock):
                 condition = (text, next(reads))
             if self.config.checkpoint_activations and self.training:
-                x = checkpoint(block, x, *condition, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, *condition, use_reentrant=False)
             else:
                 x = block(x, *condition)
         a, b = self.out(x).float().chunk(2, dim=1)                        # (B, 16, h, w) each
@@ -430,19 +432,19 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
     """
     import data
     import semantic_compressor
-    from plumbing import run
+    from plumbing import checkpoint, training
 
-    device, rank, world = run.setup(config.seed)
+    device, rank, world = training.setup(config.seed)
     out = Path(out)
-    run.required(stage_b, "a Stage B checkpoint with the trained Semantic Compressor",
+    checkpoint.required(stage_b, "a Stage B checkpoint with the trained Semantic Compressor",
                  "train it with `python stage_b.py --data …`, or name it with --stage-b. It also "
                  f"needs the text encoder {config.text_encoder} (the hub's, or --clip PATH)")
     compressor = semantic_compressor.load(stage_b, device)
     encoder = data.text_encoder(config.text_encoder, clip, device)
     if config.p2 not in ("paper", "released", "none"):
-        raise run.ConfigError(f"--p2 {config.p2}: expected paper, released or none")
+        raise UsageError(f"--p2 {config.p2}: expected paper, released or none")
     if encoder.width != config.text_width:
-        raise run.ConfigError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
+        raise UsageError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
                               f"expected --text-width {config.text_width}")
     if Path(stage_a).exists():                         # fail now, not at the first preview
         import sample
@@ -450,10 +452,10 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
     cached = semantic_compressor.cached(source, compressor)               # latents, or None: images
     sizes = [tuple(int(side) for side in size.split("x")) for size in config.sizes]     # (H, W)
     if sizes and (cached or config.remember):
-        raise run.ConfigError("--sizes: batches of several sizes are made from images as training "
+        raise UsageError("--sizes: batches of several sizes are made from images as training "
                               "goes; give image shards and --no-remember")
     if cached and cached["image_size"] != config.image_size:
-        raise run.ConfigError(f"{source}: holds latents of {cached['image_size']}-px images, "
+        raise UsageError(f"{source}: holds latents of {cached['image_size']}-px images, "
                               f"expected --image-size {config.image_size}")
     side = min(min(size) for size in sizes) if sizes else config.image_size
     dataset = (data.CaptionedLatents if cached else data.CaptionedImages)(
@@ -480,9 +482,9 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
     start, position = 0, (0, 0)
-    given = dict(samples=len(dataset), compressor=run.checksum(compressor.state_dict()),
+    given = dict(samples=len(dataset), compressor=checkpoint.checksum(compressor.state_dict()),
                  text_encoder=dict(name=encoder.name, checksum=encoder.checksum))
-    state = run.resume(out / "checkpoint.pt", "C", config, device, rank, given, init_from)
+    state = checkpoint.resume(out / "checkpoint.pt", "C", config, device, rank, given, init_from)
     if init_from and not state:                                           # weights, nothing else
         model.load_state_dict(load(init_from).state_dict())
         ema.load_state_dict(model.state_dict())
@@ -498,7 +500,7 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
 
     batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
                           0 if config.remember else config.workers)
-    log, guard, stop = run.Log(out, config, start, rank, world), run.NanGuard(), run.StopSignal()
+    log, guard, stop = training.Log(out, config, start, rank, world), training.NanGuard(), training.StopSignal()
     record = []                                                   # (t, error) since the last log
     for step in range(start, config.steps):
         optimizer.zero_grad(set_to_none=True)
@@ -518,29 +520,29 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
             (value / config.accumulate).backward()
             seen += len(x_0) * world
         # clip
-        run.average_gradients(model.parameters(), world)
+        training.average_gradients(model.parameters(), world)
         grad = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         # lr, step
-        lr = run.learning_rate(step, config)
+        lr = training.learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if not guard.is_bad(grad, step):
             optimizer.step()
             # EMA
-            run.ema_update(ema, model, step, config.ema)
+            training.ema_update(ema, model, step, config.ema)
         done, last = step + 1, stop.now(device, world) or step + 1 == config.steps
         # log
         log.step(seen)
         if done % config.log_every == 0 or last:
-            log.write(done, run.by_level(record), loss=value.item(), grad=grad.item(), lr=lr,
+            log.write(done, training.by_level(record), loss=value.item(), grad=grad.item(), lr=lr,
                       skipped=guard.skipped)
             record.clear()
         # checkpoint
         if rank == 0 and (done % config.save_every == 0 or last):
-            run.save_checkpoint(out / "checkpoint.pt", dict(
+            checkpoint.save_checkpoint(out / "checkpoint.pt", dict(
                 stage="C", config=asdict(config), step=done, position=position,
                 model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                random=run.random_state(device), **given))
+                random=checkpoint.random_state(device), **given))
             log.pause()
         # preview
         if rank == 0 and (done % config.preview_every == 0 or last):
@@ -554,7 +556,7 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
 @torch.no_grad()
 def preview(model, encoder, captions, stage_a, stage_b, clip, path):
     """Sixteen captions of the data at fixed noise, decoded by B and A if there is a Stage A."""
-    from plumbing import run
+    from plumbing import pictures
     side = model.config.image_size * 3 // 128
     generators = [torch.Generator().manual_seed(index) for index in range(len(captions))]
     latents = ddpm_sample(model, (len(captions), model.config.latent_channels, side, side),
@@ -563,8 +565,8 @@ def preview(model, encoder, captions, stage_a, stage_b, clip, path):
         import sample
         images = sample.decode(latents, captions, stage_a, stage_b, clip)
     else:
-        images = run.latent_picture(latents)
-    run.grid(images.float().cpu(), 4, captions).save(path)
+        images = pictures.latent_picture(latents)
+    pictures.grid(images.float().cpu(), 4, captions).save(path)
 
 
 def interpolate(paths, out, share=0.5):
@@ -572,20 +574,20 @@ def interpolate(paths, out, share=0.5):
 
     paths: two checkpoints of ours; share: of the second one. It samples; it cannot be resumed.
     """
-    from plumbing import run
+    from plumbing import checkpoint
     if len(paths) != 2:
-        raise run.ConfigError(f"--interpolate {','.join(paths)}: expected two files, FILE,FILE")
-    first, second = (run.load_checkpoint(path, "C") for path in paths)
+        raise UsageError(f"--interpolate {','.join(paths)}: expected two files, FILE,FILE")
+    first, second = (checkpoint.load_checkpoint(path, "C") for path in paths)
     for name in ("compressor", "text_encoder"):
         if first[name] != second[name]:
-            raise run.CheckpointError(f"{paths[0]} and {paths[1]} were trained with different "
+            raise UsageError(f"{paths[0]} and {paths[1]} were trained with different "
                                       f"values of {name}: between them lies no model")
     if (Path(out) / "checkpoint.pt").exists():
-        raise run.ConfigError(f"{out}/checkpoint.pt is there already and would be lost; give the "
+        raise UsageError(f"{out}/checkpoint.pt is there already and would be lost; give the "
                               "mean another --out")
     ema = {name: value.lerp(second["ema"][name], share) for name, value in first["ema"].items()}
     Path(out).mkdir(parents=True, exist_ok=True)
-    run.save_checkpoint(Path(out) / "checkpoint.pt", dict(
+    checkpoint.save_checkpoint(Path(out) / "checkpoint.pt", dict(
         stage="C", config=second["config"], step=second["step"], ema=ema, samples=0,
         compressor=second["compressor"], text_encoder=second["text_encoder"]))
     print(f"{out}/checkpoint.pt: {1 - share:g} of {paths[0]} and {share:g} of {paths[1]}")
@@ -597,8 +599,8 @@ def load(path, device="cpu"):
     """Rebuild a trained StageC (its EMA weights), in eval mode, from a checkpoint: ours,
     a folder that diffusers wrote (WuerstchenPrior) or an official .pt file.
     """
-    from plumbing import run
-    return run.rebuild(path, "C", StageC, config_of, device)
+    from plumbing import checkpoint
+    return checkpoint.rebuild(path, "C", StageC, config_of, device)
 
 
 def config_of(state):
@@ -626,8 +628,9 @@ def to_diffusers(config):
 
 
 if __name__ == "__main__":
-    from plumbing import run
-    config, args = run.parse(
+    from plumbing import checkpoint, cli
+    from pocket import shapes
+    config, args = cli.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
         out=(None, "folder of this run (default runs/SIZE/stage_c; of phase 2: stage_c-2)"),
         stage_a=(None, "Stage A checkpoint, for previews (stage_a/checkpoint.pt beside --out)"),
@@ -638,8 +641,8 @@ if __name__ == "__main__":
     size, _, phase = args.preset.partition("-")
     out = args.out or f"runs/{size}/stage_c" + (f"-{phase}" if phase else "")
     if args.interpolate:
-        run.start(interpolate, args.interpolate.split(","), out)
+        cli.start(interpolate, args.interpolate.split(","), out)
         sys.exit()
-    run.start(train, config, run.source(args), out,
-              args.stage_a or run.earlier("a", out, args.preset),
-              args.stage_b or run.earlier("b", out, args.preset), args.clip, args.init_from)
+    cli.start(train, config, shapes.source(args), out,
+              args.stage_a or checkpoint.earlier("a", out, args.preset),
+              args.stage_b or checkpoint.earlier("b", out, args.preset), args.clip, args.init_from)

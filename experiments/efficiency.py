@@ -50,7 +50,7 @@ import semantic_compressor  # noqa: E402
 import stage_a  # noqa: E402
 import stage_b  # noqa: E402
 import stage_c  # noqa: E402
-from plumbing import run  # noqa: E402
+from plumbing import cli, training  # noqa: E402
 
 A100 = 312e12                    # nominal FLOP/s of its bf16 matrix products
 KG_PER_A100_HOUR = 2276 / 24602  # the paper's Table 2 (as 250 W x 0.37 kg/kWh, PUE 1: Lacoste 2019)
@@ -169,7 +169,7 @@ def trainer(model, loss, device, averaged=True):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if averaged:
-            run.ema_update(ema, model, 10_000, 0.999)
+            training.ema_update(ema, model, 10_000, 0.999)
     return step
 
 
@@ -517,7 +517,7 @@ def main():
     settings = parser.parse_args()
     settings.batches = [int(part) for part in settings.batches.split(",")]
     parts = settings.parts.split(",")
-    device, _, _ = run.setup(0)
+    device, _, _ = training.setup(0)
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / "efficiency.json"
     report = json.loads(path.read_text()) if path.exists() else {}
@@ -562,4 +562,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.start(main)
+    cli.start(main)

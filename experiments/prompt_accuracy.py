@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample  # noqa: E402
 import semantic_compressor  # noqa: E402
-from plumbing import run  # noqa: E402
+from plumbing import cli, pictures, training  # noqa: E402
 from pocket import shapes  # noqa: E402
 
 
@@ -210,7 +210,7 @@ def tally(judged):
 
 
 @torch.no_grad()
-def pictures(chain, jobs, seeds, settings, ways):
+def draw(chain, jobs, seeds, settings, ways):
     """Draw one batch in all the ways: {way: (B, 3, H, W)}."""
     captions, scenes = zip(*jobs)
     captions = list(captions)
@@ -247,7 +247,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--out", default="runs/accuracy", type=Path)
     settings = parser.parse_args()
-    run.setup(0)
+    training.setup(0)
     chain = sample.load_chain(**sample.find(settings.weights))
     settings.out.mkdir(parents=True, exist_ok=True)
     report, failures = {}, []
@@ -256,7 +256,7 @@ def main():
         for first in tqdm(range(0, len(jobs), settings.batch_size), desc=label, unit="batch"):
             some = jobs[first:first + settings.batch_size]
             seeds = [settings.seed * 1_000_000 + first + i for i in range(len(some))]
-            for way, images in pictures(chain, some, seeds, settings, WAYS).items():
+            for way, images in draw(chain, some, seeds, settings, WAYS).items():
                 for (caption, scene), image in zip(some, images):
                     found = look_at(image)
                     right = compare(found, scene, caption)
@@ -270,7 +270,7 @@ def main():
         indent=1) + "\n")
     if failures:
         chosen = failures[:: max(1, len(failures) // 48)][:48]
-        run.grid([image for image, _ in chosen], 8, [text for _, text in chosen]).save(
+        pictures.grid([image for image, _ in chosen], 8, [text for _, text in chosen]).save(
             settings.out / "failures.png")
     for label, ways in report.items():
         print(f"\n| {label}, {settings.n} prompts, % right | " + " | ".join(ATTRIBUTES) + " |")
@@ -286,4 +286,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.start(main)
+    cli.start(main)

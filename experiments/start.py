@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import sample  # noqa: E402
 import semantic_compressor  # noqa: E402
-from plumbing import run  # noqa: E402
+from plumbing import cli, pictures, training  # noqa: E402
 
 
 @torch.no_grad()
@@ -29,21 +29,21 @@ def main():
     parser.add_argument("--weights", default="runs/pocket", type=Path)
     parser.add_argument("--n", type=int, default=64, help="how many pictures")
     settings = parser.parse_args()
-    run.setup(0)
+    training.setup(0)
     chain = sample.load_chain(**sample.find(settings.weights, "ab"))
     size = chain.b.config.image_size
     dataset = data.CaptionedImages(settings.data, resize=size, crop=size, center=True)
     batch = next(data.stream(dataset, settings.n))
     images, captions = batch["images"], batch["captions"]
     sem = chain.compressor.standardise(chain.compressor(semantic_compressor.resize(images)))
-    print(f"Stage A alone: {run.psnr(chain.a.decode(chain.a.encode(images)), images):.1f} dB")
+    print(f"Stage A alone: {pictures.psnr(chain.a.decode(chain.a.encode(images)), images):.1f} dB")
     for start in tqdm(("tokens", "gaussian"), desc="starts"):
         for guidance in (1.0, 4.0):
             drawn = sample.draw_images(chain, sem, captions, range(len(images)), start=start,
                                        guidance=guidance)
             tqdm.write(f"compressor + B + A, start {start:8}, guidance {guidance:.0f}: "
-                       f"{run.psnr(drawn, images):.1f} dB")
+                       f"{pictures.psnr(drawn, images):.1f} dB")
 
 
 if __name__ == "__main__":
-    run.start(main)
+    cli.start(main)

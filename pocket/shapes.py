@@ -25,6 +25,7 @@ the same drawings in every numpy version, for any number of workers.
 """
 
 import numpy as np
+from plumbing.cli import UsageError
 from PIL import Image, ImageDraw
 
 # ---- The grammar ---------------------------------------------------------------------------------
@@ -296,3 +297,15 @@ def prompts(n, seed=0, split="train"):
     else:
         raise ValueError(f"split {split!r} has no {n} different captions, only {len(found)}")
     return list(found.items())
+
+
+def source(args):
+    """--data, or, at pocket size, the built-in drawings, which are made if they are not there."""
+    if args.data is not None:
+        return args.data
+    if args.preset != "pocket":
+        raise UsageError("--data is missing: a folder of tar shards, for example from "
+                         "`python -m pocket.shapes --out shards/shapes`")
+    import data
+    data.make_shapes("shards/shapes")
+    return "shards/shapes"

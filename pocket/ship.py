@@ -28,7 +28,7 @@ import semantic_compressor  # noqa: E402
 import stage_a  # noqa: E402
 import stage_b  # noqa: E402
 import stage_c  # noqa: E402
-from plumbing import run  # noqa: E402
+from plumbing import checkpoint, cli, pictures  # noqa: E402
 from pocket import shapes  # noqa: E402
 
 
@@ -70,8 +70,8 @@ def measure(chain, n=64):
     captions = [shapes.caption(scene) for scene in scenes]
     sem = chain.compressor.standardise(chain.compressor(semantic_compressor.resize(images)))
     drawn = sample.draw_images(chain, sem, captions, range(n), guidance=1.0)
-    return dict(psnr_a=round(run.psnr(chain.a.decode(chain.a.encode(images)), images), 2),
-                psnr_compressor_b_a=round(run.psnr(drawn, images), 2),
+    return dict(psnr_a=round(pictures.psnr(chain.a.decode(chain.a.encode(images)), images), 2),
+                psnr_compressor_b_a=round(pictures.psnr(drawn, images), 2),
                 on=f"{n} held-out drawings, 12 steps, guidance 1")
 
 
@@ -83,7 +83,7 @@ def write(path, state, tensors, origin):
 
 def ship(paths, out):
     """paths: as sample.find returns them. Writes three files into the folder `out`."""
-    states = {stage: run.load_checkpoint(paths[stage], stage.upper()) for stage in "abc"}
+    states = {stage: checkpoint.load_checkpoint(paths[stage], stage.upper()) for stage in "abc"}
     kept = ("stage", "config", "step", "samples", "compressor_config", "text_encoder")
     about = {stage: {name: state[name] for name in kept if name in state}
              for stage, state in states.items()}
@@ -92,8 +92,8 @@ def ship(paths, out):
     tensors = {"a": a, "c": rounded(states["c"]["ema"]), "b": {
         **rounded(states["b"]["ema"]),
         **{f"compressor.{name}": value for name, value in compressor.items()}}}
-    about["b"]["stage_a"] = run.checksum(restored(a))
-    about["c"]["compressor"] = run.checksum(restored(compressor))
+    about["b"]["stage_a"] = checkpoint.checksum(restored(a))
+    about["c"]["compressor"] = checkpoint.checksum(restored(compressor))
     presets = {"a": stage_a.PRESETS["pocket"], "b": stage_b.PRESETS["pocket"],
                "c": stage_c.PRESETS["pocket"]}
     origin = {stage: provenance(states[stage], presets[stage], stage) for stage in "abc"}
@@ -119,4 +119,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.start(main)
+    cli.start(main)

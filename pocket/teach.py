@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import semantic_compressor  # noqa: E402
 import stage_b  # noqa: E402
-from plumbing import run  # noqa: E402
+from plumbing import checkpoint, cli, training  # noqa: E402
 from pocket import shapes  # noqa: E402
 
 CONFIG = replace(stage_b.PRESETS["pocket"], steps=3000, lr=2e-3, cooldown=1200, save_every=200)
@@ -101,7 +101,7 @@ def loss(head, latent, answers, measures):
 
 def teach(config, out):
     """config: a stage_b.Config, whose steps, batch_size, lr and so on are used here."""
-    device, _, _ = run.setup(config.seed)
+    device, _, _ = training.setup(config.seed)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     preset = semantic_compressor.PRESETS[config.compressor]
@@ -113,7 +113,7 @@ def teach(config, out):
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95))
     parts = dict(compressor=compressor, compressor_ema=ema, head=head, head_ema=ema_head,
                  optimizer=optimizer)
-    state, start = run.resume(out / "checkpoint.pt", "B", config, device, 0, {}), 0
+    state, start = checkpoint.resume(out / "checkpoint.pt", "B", config, device, 0, {}), 0
     if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -121,7 +121,7 @@ def teach(config, out):
     if config.compile:
         compressor.compile()
     test, settling = batch(range(256), "heldout", device), batch(range(256), "train", device)[0]
-    log, guard, stop = run.Log(out, config, start, 0, 1), run.NanGuard(), run.StopSignal()
+    log, guard, stop = training.Log(out, config, start, 0, 1), training.NanGuard(), training.StopSignal()
     for step in range(start, config.steps):
         first = 256 + step * config.batch_size                            # every drawing is new
         images, *truth = batch(range(first, first + config.batch_size), "train", device)
@@ -131,11 +131,11 @@ def teach(config, out):
         value.backward()
         grad = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = run.learning_rate(step, config)
+            group["lr"] = training.learning_rate(step, config)
         if not guard.is_bad(grad, step):
             optimizer.step()
-            run.ema_update(ema, compressor, step, config.ema)
-            run.ema_update(ema_head, head, step, config.ema)
+            training.ema_update(ema, compressor, step, config.ema)
+            training.ema_update(ema_head, head, step, config.ema)
         done, last = step + 1, stop.now(device, 1) or step + 1 == config.steps
         log.step(config.batch_size)
         saves, right = done % config.save_every == 0 or last, {}
@@ -144,11 +144,11 @@ def teach(config, out):
             scale = semantic_compressor.latent_scale(ema, settling)
             with torch.no_grad():
                 right = loss(ema_head, ema(test[0]), *test[1:])[1]
-            run.save_checkpoint(out / "checkpoint.pt", dict(
+            checkpoint.save_checkpoint(out / "checkpoint.pt", dict(
                 {name: part.state_dict() for name, part in parts.items()}, stage="B", step=done,
                 config=asdict(config), compressor_config=asdict(replace(
                     preset, latent_mean=scale[0], latent_std=scale[1])),
-                model=untrained, ema=untrained, random=run.random_state(device)))
+                model=untrained, ema=untrained, random=checkpoint.random_state(device)))
         if saves or done % config.log_every == 0:
             log.write(done, loss=value.item(), grad=grad.item(), **right)
         if last:
@@ -167,4 +167,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.start(main)
+    cli.start(main)

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import stage_c  # noqa: E402
-from plumbing import run  # noqa: E402
+from plumbing import checkpoint, cli, training  # noqa: E402
 from pocket import shapes  # noqa: E402
 
 CONFIG = replace(stage_c.PRESETS["pocket"], steps=2000, batch_size=128, lr=2e-3, cooldown=1000,
@@ -106,7 +106,7 @@ def loss(head, features, answers):
 
 def teach(config, out):
     """config: a stage_c.Config, whose steps, batch_size, lr and so on are used here."""
-    device, _, _ = run.setup(config.seed)
+    device, _, _ = training.setup(config.seed)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     encoder = data.text_encoder("pocket", device=device)
@@ -119,13 +119,13 @@ def teach(config, out):
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95))
     parts = dict(layers=layers, layers_ema=ema.tower.transformer, head=head, head_ema=ema_head,
                  optimizer=optimizer)
-    state, start = run.resume(out / "checkpoint.pt", "text", config, device, 0, {}), 0
+    state, start = checkpoint.resume(out / "checkpoint.pt", "text", config, device, 0, {}), 0
     if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         start = state["step"]
     test = batch(range(1000), "heldout", device)
-    log, guard, stop = run.Log(out, config, start, 0, 1), run.NanGuard(), run.StopSignal()
+    log, guard, stop = training.Log(out, config, start, 0, 1), training.NanGuard(), training.StopSignal()
     for step in range(start, config.steps):
         first = step * config.batch_size                                  # every caption is new
         captions, answers = batch(range(first, first + config.batch_size), "train", device)
@@ -135,20 +135,20 @@ def teach(config, out):
         value.backward()
         grad = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = run.learning_rate(step, config)
+            group["lr"] = training.learning_rate(step, config)
         if not guard.is_bad(grad, step):
             optimizer.step()
-            run.ema_update(ema.tower.transformer, layers, step, config.ema)
-            run.ema_update(ema_head, head, step, config.ema)
+            training.ema_update(ema.tower.transformer, layers, step, config.ema)
+            training.ema_update(ema_head, head, step, config.ema)
         done, last = step + 1, stop.now(device, 1) or step + 1 == config.steps
         log.step(config.batch_size)
         saves, right = done % config.save_every == 0 or last, {}
         if saves:
             with torch.no_grad():
                 right = loss(ema_head, end_of_text(ema, test[0]), test[1])[1]
-            run.save_checkpoint(out / "checkpoint.pt", dict(
+            checkpoint.save_checkpoint(out / "checkpoint.pt", dict(
                 {name: part.state_dict() for name, part in parts.items()}, stage="text", step=done,
-                config=asdict(config), random=run.random_state(device)))
+                config=asdict(config), random=checkpoint.random_state(device)))
             save_file({f"transformer.{name}": value.half().contiguous()
                        for name, value in ema.tower.transformer.state_dict().items()},
                       out / "text.safetensors", {"format": "pt", "steps": str(done),
@@ -171,4 +171,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.start(main)
+    cli.start(main)

@@ -1,0 +1,236 @@
+"""Checkpoints: written whole or not at all, read without running code, refused with a sentence."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from plumbing.cli import UsageError
+
+
+def required(path, what, how):
+    """Return `path` as a Path, or stop with one sentence: what is missing and how it is made."""
+    if not Path(path).exists():
+        raise UsageError(f"{path}: {what} is needed here and was not found; {how}")
+    return Path(path)
+
+
+POCKET = Path(__file__).resolve().parent.parent / "pocket"    # the weights of the repository
+
+
+def earlier(stage, out, preset):
+    """Where an earlier stage's checkpoint is: beside `out`; else, at pocket size, in pocket/."""
+    own = Path(out).parent / f"stage_{stage}/checkpoint.pt"
+    shipped = POCKET / f"stage_{stage}.safetensors"
+    if own.exists() or preset != "pocket" or not shipped.exists():
+        return own
+    print(f"Stage {stage.upper()}: {shipped.relative_to(POCKET.parent)} of the repository, as "
+          f"there is no {own}", flush=True)
+    return shipped
+
+
+def save_checkpoint(path, state):
+    """Write `state` aside, force it to disk, rename it: a kill leaves the old or the new file."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    folder = os.open(path.parent, os.O_RDONLY)                # the rename itself must survive, too
+    os.fsync(folder)
+    os.close(folder)
+
+
+def load_checkpoint(path, stage=None):
+    """Read a checkpoint to the CPU, never unpickling code. Four forms, one result, a dict:
+
+    ours               what save_checkpoint wrote
+    a .safetensors     the small weights of the repository, written by pocket/ship.py
+    a folder           config.json (here as "diffusers") and safetensors (as "ema"), by diffusers
+    an official .pt    its weights as "ema", with the names of OFFICIAL_NAMES replaced
+    stage: "A", "B" or "C", or "compressor" (which also finds the one inside a Stage B checkpoint).
+    Raises UsageError, one sentence, if it is missing, damaged or of another stage.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return load_diffusers(path, stage)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; expected a checkpoint of stage {stage}")
+    try:
+        state = (load_shipped(path) if path.suffix == ".safetensors" else
+                 torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, SafetensorError,
+            pickle.UnpicklingError) as error:
+        raise UsageError(f"{path}: not a readable checkpoint "
+                              f"({str(error).splitlines()[0]})") from None
+    if isinstance(state, dict) and {"state_dict", "ema_state_dict"} & set(state):
+        weights = official(state.get("ema_state_dict") or state["state_dict"])
+        state = {"stage": stage.replace("compressor", "B") if stage else "official",
+                 "model": weights, "ema": weights,
+                 "compressor_ema": state.get("effnet_state_dict", {})}
+    found = state.get("stage") if isinstance(state, dict) else type(state).__name__
+    if stage is not None and found != stage.replace("compressor", "B"):
+        raise UsageError(f"{path}: found a checkpoint of {found!r}, expected one of stage "
+                              f"{stage!r}")
+    return state
+
+
+def load_shipped(path):
+    """A .safetensors file with its config in the metadata; "compressor.…" is the compressor's."""
+    with safe_open(path, "pt") as file:
+        if "checkpoint" not in (file.metadata() or {}):
+            raise ValueError("no config in its metadata: not written by pocket/ship.py")
+        state = json.loads(file.metadata()["checkpoint"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    inner = "compressor."
+    state["compressor_ema"] = {name.removeprefix(inner): value for name, value in tensors.items()
+                               if name.startswith(inner)}
+    state["ema"] = state["model"] = {name: value for name, value in tensors.items()
+                                     if not name.startswith(inner)}
+    for config in ("config", "compressor_config"):           # JSON has no tuples
+        state[config] = {name: tuple(value) if isinstance(value, list) else value
+                         for name, value in state.get(config, {}).items()}
+    return state
+
+
+DIFFUSERS_CLASSES = {"A": "PaellaVQModel", "B": "WuerstchenDiffNeXt", "C": "WuerstchenPrior",
+                     "compressor": "EfficientNetEncoder"}
+
+
+def load_diffusers(folder, stage):
+    """A folder with config.json and diffusion_pytorch_model.safetensors: names as they are."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(f"{folder}: expected a folder in diffusers' layout, config.json and "
+                              f"diffusion_pytorch_model.safetensors ({error})") from None
+    found = config.get("_class_name")
+    if stage is not None and found != DIFFUSERS_CLASSES[stage]:
+        raise UsageError(f"{folder}: found a {found}, expected {DIFFUSERS_CLASSES[stage]}")
+    return {"stage": stage, "diffusers": config, "model": tensors, "ema": tensors,
+            "compressor_ema": tensors}
+
+
+def save_diffusers(folder, config, tensors):
+    """Write what load_diffusers and diffusers' from_pretrained read."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    save_file(tensors, Path(folder) / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+OFFICIAL_NAMES = {"vquantizer.codebook.": "vquantizer.embedding.",
+                  "attention.attn.out_proj.": "attention.to_out.0.",
+                  "attention.attn.in_proj_weight": ("to_q.weight", "to_k.weight", "to_v.weight"),
+                  "attention.attn.in_proj_bias": ("to_q.bias", "to_k.bias", "to_v.bias")}
+
+
+def official(tensors):
+    """Weights by the names of the official .pt files -> by those of the diffusers folders."""
+    renamed = {}
+    for name, value in tensors.items():
+        for theirs, ours in OFFICIAL_NAMES.items():
+            if theirs in name and isinstance(ours, tuple):        # q, k, v are one matrix there
+                head = name.partition("attn.")[0]
+                renamed.update(zip([head + one for one in ours], value.chunk(3)))
+                break
+            name = name.replace(theirs, ours if isinstance(ours, str) else theirs)
+        else:
+            renamed[name] = value
+    return renamed
+
+
+def rebuild(path, stage, Model, config_of, device, weights="ema"):
+    """Model(config_of(state)) with its weights, in eval mode, from any form of a checkpoint."""
+    state = load_checkpoint(path, stage)
+    try:
+        config = config_of(state)
+        with torch.device("meta"):             # no initial weights: no time, no random numbers
+            model = Model(config)
+        tensors = {name: value.float() if value.is_floating_point() else value
+                   for name, value in state[weights].items()}
+        model.load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        lines = str(error).splitlines()
+        what = (lines[1] if len(lines) > 1 else str(error)).strip()[:300]
+        raise UsageError(f"{path}: does not hold the weights of {Model.__name__}: {what}"
+                              ) from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+def random_state(device):
+    """The state of torch's random numbers, for a checkpoint."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+# what may change when a run goes on: its length, and what is about the machine and the log (of
+# batch_size and accumulate the parts, not their product)
+FREE = {"batch_size", "accumulate", "steps", "cooldown", "workers", "compile",
+        "checkpoint_activations", "log_every", "preview_every", "save_every", "latent_mean",
+        "latent_std", "guidance"}
+
+
+def resume(path, stage, config, device, rank, given, init_from=None):
+    """Load the checkpoint that `--out` holds, or None. Restores the random numbers.
+
+    The config must be the one of the run, but for the fields in FREE, and so must everything in
+    `given` (the number of samples, the other stages' checksums): a run that goes on with other
+    numbers would be two runs under one name.
+    """
+    found = torch.tensor(float(Path(path).is_file()), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(found)
+        if found.item() not in (0, dist.get_world_size()):
+            raise UsageError(f"{path}: some processes find it and others do not; --out has to be on a disk "
+                     "that all machines share")
+    if not found:
+        if init_from and rank == 0:
+            print(f"a new run at step 0 with the weights of {init_from}, and with nothing else of "
+                  "it: not its optimizer, schedule or place in the data", flush=True)
+        return None
+    if init_from and rank == 0:
+        print(f"{path} is there, so that run goes on; --init-from has no effect", flush=True)
+    state = load_checkpoint(path, stage)
+    if "optimizer" not in state:
+        raise UsageError(f"{path}: holds weights without the state of a training, so it cannot be "
+                 "continued; give it as --init-from with another --out to begin with its weights")
+    now, then = dataclasses.asdict(config), dict(state["config"])
+    for settings in (now, then):
+        settings["batch-size x accumulate"] = settings["batch_size"] * settings["accumulate"]
+    differ = [f"--{name.replace('_', '-')} is {now[name]}, was {then.get(name)}"
+              for name in now if name not in FREE and now[name] != then.get(name)]
+    differ += [f"{name} is {value}, was {state.get(name)}" for name, value in given.items()
+               if state.get(name) != value]
+    if differ:
+        raise UsageError(f"{path}: this run was started with another configuration ({'; '.join(differ)}); "
+                 "give the old values to go on with it, or another --out to start anew")
+    if "cuda" in state["random"] and device.type == "cuda":
+        torch.cuda.set_rng_state(state["random"]["cuda"], device)
+    torch.set_rng_state(state["random"]["cpu"])
+    if rank:                                              # rank 0 wrote it: draw other noise here
+        torch.manual_seed(config.seed + 1000 * state["step"] + rank)
+    if rank == 0:
+        print(f"going on from {path} at step {state['step']}", flush=True)
+    return state
+
+
+def checksum(tensors):
+    """sha256 over the bytes of a dict of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

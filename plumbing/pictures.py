@@ -1,0 +1,51 @@
+"""Tensors as pictures: sheets with captions, a latent in colours, and PSNR."""
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+def to_pil(image):
+    """(3, H, W) float in [0, 1] -> PIL image; anything outside is clamped."""
+    array = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(array.permute(1, 2, 0).numpy())
+
+
+def grid(images, columns, captions=None, scale=1):
+    """Put pictures (3, H, W) on a sheet, row by row; a caption stands below its picture."""
+    images = [to_pil(image) for image in images]
+    width, height = (side * scale for side in images[0].size)
+    font, line = ImageFont.load_default(11), 13
+    texts = [wrap(text, width, font) for text in captions or [""] * len(images)]
+    below = line * max(text.count("\n") + 1 for text in texts) + 3 if captions else 0
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + below + 4) + 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (image, text) in enumerate(zip(images, texts)):
+        x, y = 4 + index % columns * (width + 4), 4 + index // columns * (height + below + 4)
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        pen.rectangle((x - 1, y - 1, x + width, y + height), outline=(200, 200, 200))
+        if captions:
+            pen.multiline_text((x, y + height + 1), text, fill="black", font=font, spacing=1)
+    return sheet
+
+
+def wrap(text, width, font):
+    """Break a caption into lines that fit under a picture `width` pixels wide."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        fits = not lines[-1] or font.getlength(longer) <= width
+        lines = lines[:-1] + [longer] if fits else lines + [word]
+    return "\n".join(lines)
+
+
+def latent_picture(latents, channels=3):
+    """(B, C, h, w) latents -> (B, 3, 8h, 8w) in [0, 1]: three channels, ±3 standard deviations."""
+    three = latents[:, :channels].float().cpu() / 6 + 0.5
+    return three.repeat_interleave(8, -1).repeat_interleave(8, -2).clamp(0, 1)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1], averaged over the batch."""
+    error = (a.float().clamp(0, 1) - b.float().clamp(0, 1)).square().mean((1, 2, 3))
+    return (-10 * error.clamp_min(1e-10).log10()).mean().item()

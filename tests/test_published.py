@@ -1,0 +1,365 @@
+"""Foreign weights: diffusers' and the official formats, against diffusers itself."""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import data
+import sample
+import semantic_compressor
+import stage_a
+import stage_b
+import stage_c
+from plumbing.cli import UsageError
+from test_shapes import TINY_A, TINY_B, TINY_C, shake
+from tests.common import command
+
+
+def test_published_names():
+    """State-dict keys are those of the published checkpoints."""
+    c = stage_c.StageC(TINY_C).state_dict()
+    for key in ("projection.weight", "cond_mapper.0.weight", "cond_mapper.2.bias",
+                "blocks.0.depthwise.weight", "blocks.0.channelwise.0.weight",
+                "blocks.0.channelwise.2.gamma", "blocks.0.channelwise.4.weight",
+                "blocks.1.mapper.weight", "blocks.2.attention.to_q.weight",
+                "blocks.2.attention.to_out.0.bias", "blocks.2.kv_mapper.1.weight",
+                "out.1.weight"):
+        assert key in c
+    b = stage_b.StageB(replace(TINY_B, attend_to_sem=False, head="released")).state_dict()
+    for key in ("clip_mapper.weight", "effnet_mappers.1.weight", "effnet_mappers.4.bias",
+                "embedding.1.weight", "down_blocks.1.0.1.weight",
+                "down_blocks.1.3.attention.to_v.weight", "up_blocks.0.6.1.weight", "clf.1.weight"):
+        assert key in b
+    assert not any("sem_mapper" in key for key in b)
+    a = stage_a.StageA(TINY_A).state_dict()
+    for key in ("in_block.1.weight", "down_blocks.0.gammas", "down_blocks.0.depthwise.1.weight",
+                "down_blocks.0.channelwise.2.bias", "down_blocks.3.0.weight",
+                "down_blocks.3.1.running_var", "vquantizer.embedding.weight",
+                "up_blocks.0.0.weight", "out_block.0.weight"):
+        assert key in a
+    with torch.device("meta"):
+        model = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["released"])
+    keys = {"backbone.1.0.block.0.0.weight", "mapper.0.weight", "mapper.1.bias"}
+    assert keys <= set(model.state_dict())
+
+
+PROMPTS = ["a red star above a blue circle", "An ASTRONAUT, riding a horse -- 4k; it's 35mm!"]
+
+
+def worst(found, expected):
+    """Largest difference, relative to the largest expected value."""
+    assert found.shape == expected.shape and found.isfinite().all()
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(folder, networks): small random networks of diffusers and transformers, in the layout of
+    warp-ai/wuerstchen and warp-ai/wuerstchen-prior, with every kind of block that these have.
+    """
+    from diffusers import DDPMWuerstchenScheduler
+    from diffusers.pipelines.deprecated.wuerstchen import (
+        PaellaVQModel,
+        WuerstchenDiffNeXt,
+        WuerstchenPrior,
+    )
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    folder = tmp_path_factory.mktemp("published")
+    torch.manual_seed(0)
+    vqgan = PaellaVQModel(bottleneck_blocks=2, embed_dim=32, num_vq_embeddings=64)
+    decoder = WuerstchenDiffNeXt(
+        c_cond=24, clip_embd=32, c_hidden=[16, 32, 32, 48], nhead=[-1, 2, 4, 6],
+        blocks=[1, 2, 2, 1], level_config=["CT", "CTA", "CTA", "CTA"],
+        inject_effnet=[False, True, True, True])
+    prior = WuerstchenPrior(c=32, c_cond=48, depth=2, nhead=2)
+    networks = dict(vqgan=shake(vqgan, 0.2), decoder=shake(decoder), prior=shake(prior))
+    with torch.no_grad():                          # the heads: a chain of random ones would explode
+        for head in (decoder.clf[1], prior.out[1]):
+            head.weight.mul_(0.02)
+            head.bias.mul_(0.02)
+        vqgan.down_blocks[3][1].running_var.fill_(0.1)
+    clip = SimpleTokenizer()                       # of it the files of CLIPTokenizer
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {special.get(word, word): number for word, number in clip.encoder.items()}
+    merges = [" ".join(pair) for pair in sorted(clip.bpe_ranks, key=clip.bpe_ranks.get)]
+    for name, width, heads in (("wuerstchen", 32, 2), ("wuerstchen-prior", 48, 3)):
+        text = CLIPTextModel(CLIPTextConfig(
+            vocab_size=49408, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=heads, hidden_act="gelu", bos_token_id=49406, eos_token_id=49407))
+        networks[f"text/{name}"] = shake(text, 0.3).eval()
+        text.save_pretrained(folder / name / "text_encoder")
+        files = folder / name / "tokenizer"
+        files.mkdir()
+        (files / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        (files / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+        tokens = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>",
+                      unk_token="<|endoftext|>", pad_token="<|endoftext|>")
+        (files / "special_tokens_map.json").write_text(json.dumps(tokens))
+        (files / "tokenizer_config.json").write_text(
+            json.dumps(dict(tokens, model_max_length=77, tokenizer_class="CLIPTokenizer")))
+        networks[f"tokenizer/{name}"] = CLIPTokenizer.from_pretrained(files)
+        networks[f"scheduler/{name}"] = DDPMWuerstchenScheduler()
+    vqgan.save_pretrained(folder / "wuerstchen/vqgan")
+    decoder.save_pretrained(folder / "wuerstchen/decoder")
+    prior.save_pretrained(folder / "wuerstchen-prior/prior")
+    for network in (vqgan, decoder, prior):
+        network.eval()
+    return folder, networks
+
+
+def reference(networks, prompt, seed, height, width, levels, steps_b):
+    """diffusers' two pipelines -> C's raw latents, B's latents, pixels before clamping."""
+    from diffusers.pipelines.deprecated.wuerstchen import (
+        WuerstchenDecoderPipeline,
+        WuerstchenPriorPipeline,
+    )
+    names = {"prior": "wuerstchen-prior", "decoder": "wuerstchen"}
+    parts = {stage: dict(tokenizer=networks[f"tokenizer/{name}"],
+                         text_encoder=networks[f"text/{name}"],
+                         scheduler=networks[f"scheduler/{name}"]) for stage, name in names.items()}
+    first = WuerstchenPriorPipeline(prior=networks["prior"], **parts["prior"],
+                                    latent_mean=networks.get("latent_mean", 42.0),
+                                    latent_std=networks.get("latent_std", 1.0))
+    second = WuerstchenDecoderPipeline(decoder=networks["decoder"], vqgan=networks["vqgan"],
+                                       **parts["decoder"])
+    for pipeline in (first, second):
+        pipeline.set_progress_bar_config(disable=True)
+    noise = sample.generators([seed, seed + 2 ** 31])
+    raw = first(prompt, height, width, timesteps=list(levels), guidance_scale=4.0,
+                generator=noise[0]).image_embeddings
+    latents = second(raw, prompt, num_inference_steps=steps_b, generator=noise[1],
+                     output_type="latent").images
+    vqgan = networks["vqgan"]
+    with torch.no_grad():
+        return raw, latents, vqgan.decode(latents * vqgan.config.scale_factor).sample
+
+
+def ours(chain, prompt, seed, height, width, levels, steps_b):
+    """The same from sample.py's chain."""
+    way = []
+    latents = sample.draw_latents(chain, [prompt], [seed], height, width, levels)
+    with torch.no_grad():
+        images = sample.draw_images(chain, latents, [prompt], [seed], steps_b, history=way)
+    mean, std = chain.scale
+    return latents * std + mean, way[-1], images
+
+
+def test_published_modules(published):
+    """Stage A, B and C loaded from diffusers' folders give diffusers' numbers, to 1e-5."""
+    folder, networks = published
+    torch.manual_seed(1)
+    a = stage_a.load(folder / "wuerstchen/vqgan")
+    b = stage_b.load(folder / "wuerstchen/decoder")
+    c = stage_c.load(folder / "wuerstchen-prior/prior")
+    images, t = torch.rand(2, 3, 64, 96), torch.tensor([0.9, 0.2])
+    x_b, x_c = torch.randn(2, 4, 32, 48), torch.randn(2, 16, 3, 5)
+    sem, text_b, text_c = torch.randn(2, 16, 3, 5), torch.randn(2, 77, 32), torch.randn(2, 77, 48)
+    with torch.no_grad():
+        latents = networks["vqgan"].encode(images).latents
+        assert worst(a.encode(images), latents) < 1e-5
+        assert worst(a.decode(latents), networks["vqgan"].decode(latents).sample) < 1e-5
+        quantised = networks["vqgan"].decode(latents, force_not_quantize=False).sample
+        assert worst(a.decode(a.quantize(latents)[0]), quantised) < 1e-5
+        assert worst(b(x_b, t, sem, text_b), networks["decoder"](x_b, t, sem, text_b)) < 1e-5
+        assert worst(c(x_c, t, text_c), networks["prior"](x_c, t, text_c)) < 1e-5
+    assert a.config.latent_std == 0.3764 and b.config.condition == "raw"
+
+
+def test_published_text_towers(published):
+    """Text tokens are those of transformers at all 77 positions, from folder and open_clip file."""
+    folder, networks = published
+    captions = [*PROMPTS, "", "ünïcode café 日本  spaces ", "word " * 100]
+    for name, known in (("wuerstchen", "clip-h"), ("wuerstchen-prior", "clip-bigg")):
+        encoder = data.text_encoder(known, folder / name / "text_encoder")
+        query = networks[f"tokenizer/{name}"](captions, padding="max_length", max_length=77,
+                                              truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = networks[f"text/{name}"](
+                query.input_ids, attention_mask=query.attention_mask).last_hidden_state
+        ids, real = encoder.tokens(captions)
+        assert torch.equal(ids, query.input_ids)
+        assert torch.equal(real, query.attention_mask.bool())
+        assert expected.shape[1] == 77 and worst(encoder(captions), expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(128, 128), (256, 384), (512, 512)])
+def test_published_chain(published, size):
+    """The whole chain equals diffusers' two pipelines: C's and B's latents and pixels, to 1e-4.
+
+    pytest -k published_chain -s shows the differences.
+    """
+    folder, networks = published
+    chain = sample.load_chain(**sample.find(folder))
+    levels = stage_c.RELEASED_LEVELS if size == (128, 128) else torch.linspace(1, 0, 5).tolist()
+    job = (PROMPTS[size[0] > 128], 7, *size, levels, 3)
+    found, expected = ours(chain, *job), reference(networks, *job)
+    differences = [worst(one, other) for one, other in zip(found, expected)]
+    print(f"{size}: C {differences[0]:.1e}, B {differences[1]:.1e}, pixels {differences[2]:.1e}")
+    assert max(differences) < 1e-4
+    assert expected[2].shape == (1, 3, *size) and expected[2].std() > 0.05
+
+
+@pytest.mark.parametrize("part", ["vqgan", "decoder", "prior", "text/wuerstchen",
+                                  "text/wuerstchen-prior"])
+def test_published_chain_notices(published, part):
+    """The comparison is no formality: 1 % more on one network's weights breaks its bound."""
+    folder, networks = published
+    chain = sample.load_chain(**sample.find(folder))
+    job = (PROMPTS[0], 7, 128, 128, torch.linspace(1, 0, 5).tolist(), 3)
+    expected = reference(networks, *job)
+    network = {"vqgan": chain.a, "decoder": chain.b, "prior": chain.c,
+               "text/wuerstchen": chain.text_b, "text/wuerstchen-prior": chain.text_c}[part]
+    for parameter in network.parameters():
+        parameter.mul_(1.01)
+    found = ours(chain, *job)
+    assert max(worst(one, other) for one, other in zip(found, expected)) > 1e-4
+
+
+def to_official(tensors):
+    """The names of diffusers' folders -> those of the official .pt files."""
+    out = {}
+    for name, value in tensors.items():
+        name = name.replace("vquantizer.embedding", "vquantizer.codebook")
+        name = name.replace("attention.to_out.0", "attention.attn.out_proj")
+        if ".to_q." in name:
+            parts = [tensors[name.replace(".to_q.", f".to_{one}.")] for one in "qkv"]
+            name = name.replace("attention.to_q.", "attention.attn.in_proj_")
+            value = torch.cat(parts)
+        if ".to_k." not in name and ".to_v." not in name:
+            out[name] = value
+    return out
+
+
+def test_official_files(published, tmp_path, monkeypatch):
+    """The official .pt files, with names of their own, give the same picture as the folders."""
+    folder, networks = published
+    chain = sample.load_chain(**sample.find(folder))
+    nets = (chain.a, chain.b, chain.c)
+    for module, net in zip((stage_a, stage_b, stage_c), nets):
+        monkeypatch.setitem(module.PRESETS, "released", net.config)
+    compressor = shake(semantic_compressor.SemanticCompressor(
+        semantic_compressor.PRESETS["released"]))
+    a, b, c = (to_official(net.state_dict()) for net in nets)
+    assert any("in_proj_weight" in name for name in b) and not any(".to_q." in name for name in b)
+    torch.save({"state_dict": a}, tmp_path / "vqgan_f4_v1_500k.pt")
+    torch.save({"state_dict": b, "effnet_state_dict": compressor.state_dict()},
+               tmp_path / "model_v2_stage_b.pt")
+    torch.save({"ema_state_dict": c}, tmp_path / "model_v2_stage_c.pt")
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for name, short in (("wuerstchen", "clip-h"), ("wuerstchen-prior", "clip-bigg")):
+        (clip / short).symlink_to(folder / name / "text_encoder")
+    again = sample.load_chain(**sample.find(tmp_path), clip=clip)
+    job = (PROMPTS[0], 7, 128, 128, 2, 2)
+    for found, expected in zip(ours(again, *job), ours(chain, *job)):
+        assert_close(found, expected)
+    images = torch.rand(1, 3, 96, 96)
+    assert_close(again.compressor(images), compressor.eval()(images))
+    assert again.scale == (-1.0, 42.0)
+
+
+def test_published_command_line(published, tmp_path):
+    """sample.py --weights DIR writes a PNG from published weights; without network it says how."""
+    folder, _ = published
+    out = tmp_path / "one.png"
+    command("sample.py", PROMPTS[0], "--weights", folder, "--size", "384x256", "--steps-c",
+            "released", "--steps-b", 2, "--out", out)
+    assert Image.open(out).size == (384, 256)
+    done = command("sample.py", "x", "--weights", "released", check=False, env={
+        **os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "empty")})
+    assert done.returncode == 1 and "DIR/wuerstchen-prior" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def test_wrong_published_files(published, tmp_path):
+    """A folder of another class, a missing file and weights of another size: one sentence each."""
+    import shutil
+    folder, _ = published
+    with pytest.raises(UsageError, match="found a WuerstchenPrior, expected PaellaVQ"):
+        stage_a.load(folder / "wuerstchen-prior/prior")
+    with pytest.raises(UsageError, match="config.json and"):
+        stage_b.load(tmp_path)
+    shutil.copytree(folder / "wuerstchen-prior/prior", tmp_path / "prior")
+    path = tmp_path / "prior/config.json"
+    path.write_text(path.read_text().replace('"c": 32', '"c": 64'))
+    with pytest.raises(UsageError, match="does not hold the weights of StageC: size mis"):
+        stage_c.load(tmp_path / "prior")
+
+
+def test_export_and_back(published, tmp_path):
+    """Stages trained here run in diffusers after --export, and load here again, unchanged."""
+    from diffusers.pipelines.deprecated.wuerstchen import (
+        PaellaVQModel,
+        WuerstchenDiffNeXt,
+        WuerstchenPrior,
+    )
+    folder, networks = published
+    chain = sample.load_chain(**sample.find(folder))
+    scale = dict(latent_mean=0.7, latent_std=2.5)
+    chain.a = shake(stage_a.StageA(replace(chain.a.config, **scale)), 0.2).eval()
+    chain.compressor = shake(semantic_compressor.SemanticCompressor(
+        replace(semantic_compressor.PRESETS["paper"], latent_mean=0.3, latent_std=1.5))).eval()
+    chain.scale = (0.3, 1.5)
+    sample.export(chain, tmp_path / "out")
+    out = tmp_path / "out"
+    index = json.loads((out / "wuerstchen-prior/model_index.json").read_text())
+    theirs = dict(networks, vqgan=PaellaVQModel.from_pretrained(out / "wuerstchen/vqgan"),
+                  decoder=WuerstchenDiffNeXt.from_pretrained(out / "wuerstchen/decoder"),
+                  prior=WuerstchenPrior.from_pretrained(out / "wuerstchen-prior/prior"),
+                  latent_mean=index["latent_mean"], latent_std=index["latent_std"])
+    for name in ("vqgan", "decoder", "prior"):
+        theirs[name].eval()
+    for name in ("wuerstchen", "wuerstchen-prior"):
+        (out / name / "text_encoder").symlink_to(folder / name / "text_encoder")
+    again = sample.load_chain(**sample.find(out))
+    job = (PROMPTS[0], 7, 128, 128, torch.linspace(1, 0, 4).tolist(), 2)
+    expected = ours(chain, *job)
+    for found in (reference(theirs, *job), ours(again, *job)):
+        for one, other in zip(found, expected):
+            assert worst(one, other) < 1e-4
+    images, pixels = torch.rand(1, 3, 64, 64), torch.rand(1, 3, 96, 96)
+    assert_close(again.a.decode(again.a.encode(images)), chain.a.decode(chain.a.encode(images)),
+                 rtol=1e-4, atol=1e-4)
+    assert torch.equal(again.a.quantize(again.a.encode(images))[1],
+                       chain.a.quantize(chain.a.encode(images))[1])
+    assert_close(again.compressor.standardise(again.compressor(pixels)),
+                 chain.compressor.standardise(chain.compressor(pixels)))
+    for config in (replace(TINY_B, head="released"), replace(TINY_B, attend_to_sem=False)):
+        chain.b = stage_b.StageB(config)
+        with pytest.raises(UsageError, match="--preset released"):
+            sample.export(chain, tmp_path / "no")
+
+
+def test_released_architecture_trains_and_leaves(published, chain, drawings, tmp_path):
+    """Trained here as `released` with CLIP text, exported, sampled from the export: one picture."""
+    folder, _ = published
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for name, short in (("wuerstchen", "clip-h"), ("wuerstchen-prior", "clip-bigg")):
+        (clip / short).symlink_to(folder / name / "text_encoder")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "stage_a").symlink_to(chain / "stage_a")
+    a, b = runs / "stage_a/checkpoint.pt", runs / "stage_b/checkpoint.pt"
+    stage_b.train(replace(TINY_B, attend_to_sem=False, head="released", condition="raw",
+                          text_encoder="clip-h", text_width=32, guidance=1.0),
+                  drawings, runs / "stage_b", a, clip)
+    stage_c.train(replace(TINY_C, text_encoder="clip-bigg", text_width=48), drawings,
+                  runs / "stage_c", a, b, clip)
+    quick = ["a red star", "--steps-c", "2", "--steps-b", "2", "--size", "128x128"]
+    sample.main([*quick, "--weights", str(runs), "--clip", str(clip), "--out",
+                 str(tmp_path / "one.png")])
+    sample.main(["--export", str(tmp_path / "out"), "--weights", str(runs), "--clip", str(clip)])
+    for name in ("wuerstchen", "wuerstchen-prior"):
+        (tmp_path / "out" / name / "text_encoder").symlink_to(folder / name / "text_encoder")
+    sample.main([*quick, "--weights", str(tmp_path / "out"), "--out", str(tmp_path / "two.png")])
+    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int)
+                for name in ("one.png", "two.png"))
+    assert one.std() > 5 and np.abs(one - two).max() <= 1
