@@ -51,6 +51,7 @@ import zlib
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -645,6 +646,7 @@ class Failures:
 def ignore_interrupt(worker):
     """Ctrl-C is for the main process: it saves first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _loader(dataset, batch_sampler, workers):
@@ -680,6 +682,36 @@ def stream(dataset, batch_size, seed=0, position=(0, 0), rank=0, world=1, worker
         failures.note(batch)
         if batch["keys"]:
             yield {**_finish(batch), "position": batches.after(taken)}
+
+
+class Stream:
+    """stream() with a position that a checkpoint keeps: has state_dict() and load_state_dict().
+
+    config: a stage's Config, of which batch_size, seed and workers count. Each process of a
+    distributed run gets its own slice of every global batch.
+    """
+
+    def __init__(self, dataset, config):
+        self.dataset, self.config, self.position, self.batches = dataset, config, (0, 0), None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.batches is None:                              # not before a checkpoint could be read
+            ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            workers = 0 if isinstance(self.dataset, Memory) else self.config.workers
+            self.batches = stream(self.dataset, self.config.batch_size, self.config.seed,
+                                  self.position, *ranks, workers)
+        batch = next(self.batches)
+        self.position = batch["position"]
+        return batch
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = tuple(state["position"])
 
 
 class Memory(Dataset):
