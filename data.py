@@ -850,7 +850,7 @@ class TextEncoder(nn.Module):
         return tower.ln_final(x).float()
 
 
-def text_encoder(name="pocket", weights=None, device="cpu"):
+def text_encoder(name="pocket", weights=None, device="cpu", expected_width=None):
     """The text encoder of that name: pocket (built in), clip-h or clip-bigg.
 
     weights: for CLIP, None for the hub, or a local path: an open_clip checkpoint, a folder
@@ -885,6 +885,9 @@ def text_encoder(name="pocket", weights=None, device="cpu"):
         raise UsageError(f"{weights}: is not the text tower of {name}, {size['width']} wide with "
                         f"{size['layers']} layers: {detail}.") from None
     tower.attn_mask = tower.build_causal_mask()  # not part of the state, so still on "meta"
+    if expected_width not in (None, tower.width):
+        raise UsageError(f"--text-encoder {name} gives tokens {tower.width} wide, expected "
+                         f"--text-width {expected_width}")
     return TextEncoder(name, tower.float(), SimpleTokenizer(), pad).to(device)
 
 

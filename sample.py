@@ -359,7 +359,7 @@ def main(argv=None):
     if not Path(settings.out).parent.is_dir():
         raise UsageError(f"--out {settings.out}: the folder {Path(settings.out).parent} does not exist")
 
-    device, _, _ = training.setup(settings.seed)
+    device = training.setup(settings.seed)
     paths = download() if settings.weights == "released" else find(
         settings.weights, "ab" if settings.reconstruct else "abc")
     chain = load_chain(**paths, clip=settings.clip, device=device)

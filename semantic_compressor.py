@@ -17,14 +17,10 @@ standard deviation 1 and is what Stage C draws. The released weights need (mean,
 Letters: B batch, H W height and width of the image given to Stage A.
 Attribute names (`backbone`, `mapper`) are those of the published weights (dome272/Wuerstchen).
 There is no training loop here: `python stage_b.py` trains this network together with Stage B.
-While Stage C trains it is frozen, so its latents can be computed once and kept:
-
-    python semantic_compressor.py --data shards/ --weights runs/paper/stage_b/checkpoint.pt \
-        --image-size 1024 --out latents/
-    python stage_c.py --data latents/ --preset paper-2 …
+While Stage C trains it is frozen, so its latents can be computed once and kept
+(`python -m tools.cache_latents`).
 """
 
-import argparse
 import json
 import os
 from dataclasses import dataclass, replace
@@ -34,8 +30,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models import efficientnet as tv   # not later: torch 2.6 cannot while on "meta"
-
-from plumbing.cli import UsageError
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -120,19 +114,6 @@ def resize(images):
     return F.interpolate(images, small, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def imagenet_weights(model):
-    """Fill the backbone with torchvision's ImageNet weights (§3.1; a download)."""
-    try:
-        state = tv.EfficientNet_V2_S_Weights.DEFAULT.get_state_dict(progress=True)
-    except OSError as error:                                              # URLError is an OSError
-        raise ValueError(f"the ImageNet weights of EfficientNetV2-S could not be downloaded ({error}); go "
-                 "online once, or put efficientnet_v2_s-dd5fe13b.pth into the folder "
-                 "~/.cache/torch/hub/checkpoints/")
-    prefix = "features."
-    model.backbone.load_state_dict(
-        {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)})
-
-
 @torch.no_grad()
 def settle(model, images):
     """Measure the BatchNorm statistics of `model` anew, in place, on one batch of training images.
@@ -156,12 +137,55 @@ def latent_scale(model, images):
     return latents.mean().item(), latents.std().item()
 
 
+def measure(model, images, settled=False):
+    """-> the Config of an averaged compressor with the scale of its latents, measured on `images`.
+
+    settled: whether its BatchNorm statistics are those of its weights; if not they are measured.
+    """
+    if not settled:
+        settle(model, images)
+    mean, std = latent_scale(model, images)
+    return replace(model.config, latent_mean=mean, latent_std=std)
+
+
+# ---- training: there is no loop here, `python stage_b.py` trains this network with Stage B -------
+
+from plumbing import checkpoint, cli
+
+
+def new(preset, imagenet, device="cpu"):
+    """A compressor to train; with imagenet it has ImageNet's weights (§3.1) if its preset says so.
+
+    preset: a name in PRESETS. Raises UsageError.
+    """
+    if preset not in PRESETS:
+        raise cli.UsageError(f"--compressor {preset}: expected one of {', '.join(PRESETS)}")
+    model = SemanticCompressor(PRESETS[preset])
+    if imagenet and model.config.imagenet:
+        imagenet_weights(model)
+    return model.to(device).train()
+
+
+def imagenet_weights(model):
+    """Fill the backbone with torchvision's ImageNet weights (§3.1; a download)."""
+    try:
+        state = tv.EfficientNet_V2_S_Weights.DEFAULT.get_state_dict(progress=True)
+    except OSError as error:                                              # URLError is an OSError
+        raise cli.UsageError(
+            f"the ImageNet weights of EfficientNetV2-S could not be downloaded ({error}); go online "
+            "once, or put efficientnet_v2_s-dd5fe13b.pth into ~/.cache/torch/hub/checkpoints/"
+        ) from None
+    prefix = "features."
+    model.backbone.load_state_dict(
+        {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)})
+
+
 def load(path, device="cpu"):
     """Rebuild the trained compressor, in eval mode, from the Stage B checkpoint that holds it, from
     a folder that diffusers wrote (EfficientNetEncoder) or from an official Stage B .pt file.
     """
-    from plumbing import checkpoint
-    return checkpoint.rebuild(path, "compressor", SemanticCompressor, config_of, device, "compressor_ema")
+    return checkpoint.rebuild(path, "compressor", SemanticCompressor, config_of, device,
+                              "compressor_ema")
 
 
 def config_of(state):
@@ -186,100 +210,18 @@ def to_diffusers(model):
             "latent_mean": config.latent_mean, "latent_std": config.latent_std}, tensors
 
 
-# ---- latents once, not every epoch ---------------------------------------------------------------
-
 def cached(source, compressor):
     """latents.json of a folder that `cache` wrote, or None if `source` is something else.
 
     Raises UsageError if its latents are those of another compressor.
     """
-    import data
-    from plumbing import checkpoint
     path = os.path.join(source, "latents.json")
     if not os.path.isfile(path):
         return None
     with open(path, encoding="utf-8") as file:
         found = json.load(file)
     if found["compressor"] != checkpoint.checksum(compressor.state_dict()):
-        raise UsageError(f"{source}: holds latents of another compressor than the one given; "
-                             "write them again, into a new folder, with semantic_compressor.py")
+        raise cli.UsageError(f"{source}: holds latents of another compressor than the one given; "
+                             "write them again, into a new folder, with `python -m "
+                             "tools.cache_latents`")
     return found
-
-
-@torch.no_grad()
-def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_shard=1000):
-    """Shards of images -> shards of latents: KEY.npy, float16 (16, h, w), standardised.
-
-    weights: a checkpoint with the compressor. image_size: side of Stage A's image in pixels; None:
-    as in that checkpoint. Captions and .json are kept. Finished shards are not made again.
-    """
-    import io
-
-    import data
-    import numpy as np
-    from plumbing import checkpoint, training
-    from tqdm import tqdm
-    device, _, _ = training.setup(0)
-    compressor = load(weights, device)
-    if image_size is None:
-        image_size = checkpoint.load_checkpoint(weights, "compressor").get("config", {}).get("image_size")
-    if not image_size or image_size % 128:
-        raise UsageError(f"--image-size {image_size}: expected a multiple of 128")
-    dataset = data.CaptionedImages(source, resize=image_size, crop=image_size, center=True)
-    settings = {"compressor": checkpoint.checksum(compressor.state_dict()), "image_size": image_size,
-                "source": os.path.abspath(source), "samples": len(dataset), "per_shard": per_shard}
-    os.makedirs(out, exist_ok=True)
-    note = os.path.join(out, "latents.json")
-    if os.path.isfile(note):
-        with open(note, encoding="utf-8") as file:
-            found = json.load(file)
-        differ = [name for name in settings if settings[name] != found.get(name)]
-        if differ:
-            raise UsageError(f"{out}: holds latents made with another {' and '.join(differ)}; "
-                                 "give a new folder")
-    elif os.listdir(out):
-        raise UsageError(f"{out}: holds other files; expected a new folder")
-    with open(f"{note}.tmp", "w", encoding="utf-8") as file:
-        json.dump(settings, file)
-    os.replace(f"{note}.tmp", note)
-    failures = data.Failures(dataset)
-    with tqdm(total=len(dataset), desc="latents", unit="img") as bar:
-        for number, first in enumerate(range(0, len(dataset), per_shard)):
-            path = os.path.join(out, f"{number:05d}.tar")
-            indices = range(first, min(first + per_shard, len(dataset)))
-            if os.path.exists(path):
-                bar.update(len(indices))
-                continue
-            samples = []
-            for _, batch in data.once(dataset, indices, batch_size, workers):
-                failures.note(batch)
-                bar.update(len(batch["keys"]) + len(batch["failed"]))
-                if not batch["keys"]:
-                    continue
-                latents = compressor(resize(batch["images"].to(device)))          # (B, 16, h, w)
-                latents = compressor.standardise(latents).half().cpu().numpy()
-                for index, latent in zip(batch["indices"], latents):
-                    array, meta = io.BytesIO(), dataset.meta(index)
-                    np.save(array, latent)
-                    samples.append((f"{number:05d}{len(samples):04d}", {
-                        "npy": array.getvalue(), "txt": dataset.caption(index).encode(),
-                        "json": json.dumps({**meta, "source": dataset.key(index)}).encode()}))
-            if samples:
-                data.write_tar(path, samples)
-    print(f"{out}: latents of {len(dataset) - sum(failures.counts.values()):,} images at "
-          f"{image_size} px; train on them with: python stage_c.py --data {out} …")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="shards or a folder of captioned images")
-    parser.add_argument("--weights", required=True, help="Stage B checkpoint with the compressor")
-    parser.add_argument("--out", required=True, help="folder for the shards of latents")
-    parser.add_argument("--image-size", type=int, help="side of Stage A's image (as in Stage B)")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
-    from plumbing import cli
-    cli.start(cache, args.data, args.weights, args.out, args.image_size, args.batch_size,
-              args.workers)

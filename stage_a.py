@@ -26,7 +26,6 @@ A healthy pocket run prints: psnr above 20 after 100 steps and rising, codes_use
 """
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -206,7 +205,7 @@ class StageA(nn.Module):
         return self.standardise(codes.permute(0, 3, 1, 2))                # (B, 4, h, w)
 
 
-# ---- the two networks that only judge ------------------------------------------------------------
+# ---- a network that only judges ------------------------------------------------------------------
 
 class PatchDiscriminator(nn.Module):
     """Patch discriminator of Esser et al. (2021): one logit for each 70x70 patch, not one an image.
@@ -232,6 +231,160 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images * 2 - 1)                                # (B, 1, H/8 - 2, W/8 - 2)
 
 
+# ---- loss ----------------------------------------------------------------------------------------
+
+def loss(model, images, perceptual=None, discriminator=None, drop=None):
+    """What the encoder, codebook and decoder minimise (E.1): -> scalar, and a dict of what it saw.
+
+    images: (B, 3, H, W) in [0, 1]. perceptual: a function of two batches of images, or None.
+    discriminator: None before its start step. drop: (B,) bool, the samples that skip the quantiser;
+    drawn with 10 % if None. The dict: decoded (B, 3, H, W), latents (B, 4, H/4, W/4), indices
+    (B, H/4, W/4), mse (scalar), all without a gradient.
+    """
+    config = model.config
+    latents = model.encode(images)                                        # (B, 4, H/4, W/4)
+    quantised, indices, vq_loss = model.quantize(latents)
+    if drop is None:
+        drop = torch.rand(len(images), device=images.device) < config.quantise_drop
+    decoded = model.decode(torch.where(drop.view(-1, 1, 1, 1), latents, quantised))
+    mse = F.mse_loss(decoded, images)
+    total = config.mse_weight * mse + vq_loss
+    if perceptual is not None:
+        total = total + config.perceptual_weight * perceptual(decoded, images)
+    if discriminator is not None:
+        # Hinge GAN, generator's side: raise the logits of what we decoded. The weight is fixed
+        # (E.1); Esser et al. instead balance it by gradient norms.
+        total = total - config.adversarial_weight * discriminator(decoded).mean()
+    return total, dict(decoded=decoded.detach(), latents=latents.detach(), indices=indices,
+                       mse=mse.detach())
+
+
+def discriminator_loss(discriminator, real, decoded):
+    """Hinge loss: logits of real patches above 1, of decoded ones below -1. Returns a scalar."""
+    return 0.5 * (F.relu(1 - discriminator(real)).mean()
+                  + F.relu(1 + discriminator(decoded.detach())).mean())
+
+
+class CodeUsage(nn.Module):
+    """Which codes were chosen since the last revival, and the revival of those that were not.
+
+    The released initialisation (±1/K) lies far inside latents of unit variance: a few outer codes
+    would win everything and the rest never get a gradient. At step 0 no code counts as used.
+    """
+
+    def __init__(self, codebook_size):
+        super().__init__()
+        self.register_buffer("used", torch.zeros(codebook_size, dtype=torch.bool))     # (K,)
+
+    def note(self, indices):
+        self.used[indices.flatten()] = True
+
+    @torch.no_grad()
+    def revive(self, codes, latents):
+        """Put every unused one of `codes` (K, C) onto a random vector of `latents` (B, C, h, w)."""
+        rows = latents.permute(0, 2, 3, 1).flatten(0, 2)                  # (B*h*w, C)
+        picked = rows[torch.randint(len(rows), self.used.shape, device=rows.device)]   # (K, C)
+        codes.copy_(torch.where(self.used[:, None], codes, picked.to(codes.dtype)))
+
+
+@torch.no_grad()
+def latent_scale(model, images):
+    """(mean, std) of the latents of `images` in eval mode: the scale that the checkpoint keeps."""
+    training = model.training
+    latents = torch.cat([model.eval().encode(part) for part in images.split(32)]).float()
+    model.train(training)
+    if not latents.isfinite().all():
+        raise ValueError("Stage A's latents are not finite any more, so nothing was saved; "
+                                 "the checkpoint is the one before. Try a lower --lr")
+    return latents.mean().item(), latents.std().item()
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+import data
+from plumbing import checkpoint, cli, pictures, training
+
+
+def train(config, source, out):
+    """Train on images (captions are not used). Goes on by itself if `out` holds a run."""
+    device = training.setup(config.seed)
+    options = dict(resize=config.resize, crop=config.crop, filters=data.filters(config))
+    dataset = data.CaptionedImages(source, seed=config.seed, **options)
+    first = data.CaptionedImages(source, center=True, report=False, **options)
+    fixed = next(data.stream(first, 128, config.seed))["images"].to(device)    # preview, scale
+
+    run = training.Run("A", config, out, device, samples=len(dataset))
+    model = training.synchronised(StageA(config).to(device).train())
+    discriminator = training.synchronised(PatchDiscriminator().to(device).train())
+    perceptual = perceptual_network(config.perceptual, device)
+    usage = CodeUsage(config.codebook_size).to(device)
+    optimizer, optimizer_d = (torch.optim.AdamW(net.parameters(), lr=config.lr, fused=True)
+                              for net in (model, discriminator))
+    batches = data.Stream(dataset, config)
+    run.restore(model=model, discriminator=discriminator, usage=usage, optimizer=optimizer,
+                optimizer_d=optimizer_d, batches=batches)
+    if config.compile:
+        model.down_blocks.compile()
+        model.up_blocks.compile()
+
+    for step in run.steps():
+        adversarial = step >= config.adversarial_start
+        optimizer.zero_grad(set_to_none=True)
+        optimizer_d.zero_grad(set_to_none=True)
+        for _ in range(config.accumulate):
+            # batch
+            images = next(batches)["images"].to(device)                   # (B, 3, crop, crop)
+            if step == 0:                                                 # data-dependent codebook
+                with torch.no_grad():
+                    revive(usage, model, model.encode(images))
+            # loss: here the discriminator only judges …
+            discriminator.requires_grad_(False)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                value, found = loss(model, images, perceptual,
+                                    discriminator if adversarial else None)
+            usage.note(found["indices"])
+            # backward
+            (value / config.accumulate).backward()
+            if adversarial:                                               # … here it only learns
+                discriminator.requires_grad_(True)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    value_d = discriminator_loss(discriminator, images, found["decoded"].float())
+                (value_d / config.accumulate).backward()
+        # clip
+        grads = []
+        for net in (model, discriminator) if adversarial else (model,):
+            training.average_gradients(net.parameters())
+            grads.append(nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip))
+        # lr, step
+        lr = training.learning_rate(step, config)
+        for group in optimizer.param_groups + optimizer_d.param_groups:
+            group["lr"] = lr
+        if run.finite(sum(grads)):
+            optimizer.step()
+            if adversarial:
+                optimizer_d.step()
+        # log, codebook
+        run.log(loss=value, mse=found["mse"], grad=grads[0], lr=lr, codes_used=usage.used.float().mean(),
+                psnr=pictures.psnr(found["decoded"], images))
+        if run.step % config.revive_every == 0:
+            revive(usage, model, found["latents"])
+            usage.used.zero_()
+        # preview, checkpoint
+        if run.due("preview"):
+            preview(model, fixed[:8], run.preview)
+        if run.due("save"):
+            mean, std = latent_scale(model, fixed)
+            run.save(config=asdict(replace(config, latent_mean=mean, latent_std=std)))
+
+
+def revive(usage, model, latents):
+    """CodeUsage.revive, on several processes: of what none of them used, with the first's codes."""
+    codes = model.vquantizer.embedding.weight.data
+    training.agree(usage.used, codes)
+    usage.revive(codes, latents)
+    training.agree(usage.used, codes)
+
+
 class VGG16Perceptual(nn.Module):
     """Distance of two pictures in the features of an ImageNet VGG16, at five depths.
 
@@ -240,7 +393,7 @@ class VGG16Perceptual(nn.Module):
 
     def __init__(self, weights="DEFAULT"):
         super().__init__()
-        import torchvision
+        import torchvision                                                # for training alone
         features = torchvision.models.vgg16(weights=weights).features[:30]
         self.features = features.eval().requires_grad_(False)
         self.depths = (3, 8, 15, 22, 29)                              # the ReLU before each pooling
@@ -259,200 +412,22 @@ class VGG16Perceptual(nn.Module):
         return distance
 
 
-def perceptual_network(name):
+def perceptual_network(name, device="cpu"):
     """"vgg16" -> the network with its ImageNet weights (a download); "none" -> None."""
     if name == "none":
         return None
-    if name != "vgg16":
-        raise ValueError(f"--perceptual {name}: found an unknown network, expected vgg16 or none")
     try:
-        return VGG16Perceptual()
+        return VGG16Perceptual().to(device)
     except OSError as error:                                              # URLError is an OSError
-        raise ValueError(f"the ImageNet weights of VGG16 could not be downloaded ({error}); go online "
-                 "once, put vgg16-397923af.pth into ~/.cache/torch/hub/checkpoints/, or train with "
-                 "--perceptual none")
-
-
-# ---- loss ----------------------------------------------------------------------------------------
-
-def loss(model, images, perceptual=None, discriminator=None, drop=None, record=None):
-    """What the encoder, codebook and decoder minimise (E.1).
-
-    images: (B, 3, H, W) in [0, 1]. discriminator: None before its start step. drop: (B,) bool,
-    the samples that skip the quantiser; drawn with 10 % if None. record: a dict that receives the
-    reconstruction, latents, indices and mse of this call. Returns a scalar.
-    """
-    config = model.config
-    latents = model.encode(images)                                        # (B, 4, H/4, W/4)
-    quantised, indices, vq_loss = model.quantize(latents)
-    if drop is None:
-        drop = torch.rand(len(images), device=images.device) < config.quantise_drop
-    decoded = model.decode(torch.where(drop.view(-1, 1, 1, 1), latents, quantised))
-    mse = F.mse_loss(decoded, images)
-    total = config.mse_weight * mse + vq_loss
-    if perceptual is not None:
-        total = total + config.perceptual_weight * perceptual(decoded, images)
-    if discriminator is not None:
-        # Hinge GAN, generator's side: raise the logits of what we decoded. The weight is fixed
-        # (E.1); Esser et al. instead balance it by gradient norms.
-        total = total - config.adversarial_weight * discriminator(decoded).mean()
-    if record is not None:
-        record.update(decoded=decoded.detach(), latents=latents.detach(), indices=indices,
-                      mse=mse.detach())
-    return total
-
-
-def discriminator_loss(discriminator, real, decoded):
-    """Hinge loss: logits of real patches above 1, of decoded ones below -1. Returns a scalar."""
-    return 0.5 * (F.relu(1 - discriminator(real)).mean()
-                  + F.relu(1 + discriminator(decoded.detach())).mean())
-
-
-@torch.no_grad()
-def revive_codes(model, latents, used):
-    """Put every code that `used` (K,) bool does not name onto a random latent of this batch.
-
-    The released initialisation (±1/K) lies far inside latents of unit variance: a few outer codes
-    would win everything and the rest never get a gradient. Called at step 0 for all codes.
-    """
-    rows = latents.permute(0, 2, 3, 1).flatten(0, 2)                      # (B*h*w, C)
-    picked = rows[torch.randint(len(rows), used.shape, device=rows.device)]   # (K, C)
-    codes = model.vquantizer.embedding.weight
-    codes.copy_(torch.where(used[:, None], codes, picked.to(codes.dtype)))
-
-
-@torch.no_grad()
-def latent_scale(model, images):
-    """(mean, std) of the latents of `images` in eval mode: the scale that the checkpoint keeps."""
-    training = model.training
-    latents = torch.cat([model.eval().encode(part) for part in images.split(32)]).float()
-    model.train(training)
-    if not latents.isfinite().all():
-        raise ValueError("Stage A's latents are not finite any more, so nothing was saved; "
-                                 "the checkpoint is the one before. Try a lower --lr")
-    return latents.mean().item(), latents.std().item()
-
-
-# ---- training ------------------------------------------------------------------------------------
-
-def train(config, source, out):
-    """Train on images (captions are not used). Goes on by itself if `out` holds a run."""
-    import data
-    from plumbing import checkpoint, pictures, training
-
-    device, rank, world = training.setup(config.seed)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    dataset = data.CaptionedImages(source, resize=config.resize, crop=config.crop, seed=config.seed,
-                                   filters=data.filters(config))
-
-    model = training.synchronised(StageA(config).to(device).train(), world)
-    discriminator = training.synchronised(PatchDiscriminator().to(device).train(), world)
-    perceptual = perceptual_network(config.perceptual)
-    perceptual = perceptual.to(device) if perceptual else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
-    optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=config.lr, fused=True)
-    used = torch.zeros(config.codebook_size, dtype=torch.bool, device=device)
-    start, position = 0, (0, 0)
-    first = data.CaptionedImages(source, resize=config.resize, crop=config.crop, center=True,
-                                 filters=data.filters(config))
-    fixed = next(data.stream(first, 128, seed=config.seed))["images"].to(device)   # preview, scale
-
-    given = dict(samples=len(dataset))
-    state = checkpoint.resume(out / "checkpoint.pt", "A", config, device, rank, given)
-    if state:
-        model.load_state_dict(state["model"])
-        discriminator.load_state_dict(state["discriminator"])
-        optimizer.load_state_dict(state["optimizer"])
-        optimizer_d.load_state_dict(state["optimizer_d"])
-        used.copy_(state["used"])
-        start, position, state = state["step"], state["position"], None   # its memory is needed
-    elif rank:
-        torch.manual_seed(config.seed + rank)                             # other noise on each rank
-    if config.compile:
-        model.down_blocks.compile()
-        model.up_blocks.compile()
-
-    batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
-                          config.workers)
-    log, guard, stop = training.Log(out, config, start, rank, world), training.NanGuard(), training.StopSignal()
-    for step in range(start, config.steps):
-        optimizer.zero_grad(set_to_none=True)
-        optimizer_d.zero_grad(set_to_none=True)
-        adversarial = step >= config.adversarial_start
-        for _ in range(config.accumulate):
-            # batch
-            batch = next(batches)
-            images = batch["images"].to(device)                           # (B, 3, crop, crop)
-            position = batch["position"]
-            # loss
-            record = {}
-            if step == 0:                                                 # data-dependent codebook
-                with torch.no_grad():
-                    revive_codes(model, model.encode(images), used)
-                training.agree(used, model.vquantizer.embedding.weight.data, world)
-            discriminator.requires_grad_(False)                           # it only judges here …
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                value = loss(model, images, perceptual, discriminator if adversarial else None,
-                             record=record)
-            used[record["indices"].flatten()] = True
-            # backward
-            (value / config.accumulate).backward()
-            if adversarial:
-                discriminator.requires_grad_(True)                        # … and only learns here
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    value_d = discriminator_loss(discriminator, images, record["decoded"].float())
-                (value_d / config.accumulate).backward()
-        # clip
-        training.average_gradients(model.parameters(), world)
-        grad = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        grad_d = torch.zeros(())
-        if adversarial:
-            training.average_gradients(discriminator.parameters(), world)
-            grad_d = nn.utils.clip_grad_norm_(discriminator.parameters(), config.grad_clip)
-        # lr, step
-        lr = training.learning_rate(step, config)
-        for group in optimizer.param_groups + optimizer_d.param_groups:
-            group["lr"] = lr
-        if not guard.is_bad(grad + grad_d.to(device), step):
-            optimizer.step()
-            if adversarial:
-                optimizer_d.step()
-        done, last = step + 1, stop.now(device, world) or step + 1 == config.steps
-        code_use = used.float().mean()                                    # since the last revival
-        if done % config.revive_every == 0:
-            training.agree(used, model.vquantizer.embedding.weight.data, world)
-            revive_codes(model, record["latents"], used)
-            training.agree(used, model.vquantizer.embedding.weight.data, world)
-            used.zero_()
-        # log
-        log.step(len(images) * config.accumulate * world)
-        if done % config.log_every == 0 or last:
-            log.write(done, loss=value.item(), mse=record["mse"].item(), grad=grad.item(), lr=lr,
-                      psnr=pictures.psnr(record["decoded"], images), codes_used=code_use.item(),
-                      skipped=guard.skipped)
-        # checkpoint
-        if rank == 0 and (done % config.save_every == 0 or last):
-            mean, std = latent_scale(model, fixed)
-            checkpoint.save_checkpoint(out / "checkpoint.pt", dict(
-                stage="A", config=asdict(replace(config, latent_mean=mean, latent_std=std)),
-                step=done, position=position, model=model.state_dict(), used=used,
-                discriminator=discriminator.state_dict(), optimizer=optimizer.state_dict(),
-                optimizer_d=optimizer_d.state_dict(), random=checkpoint.random_state(device), **given))
-            log.pause()
-        # preview
-        if rank == 0 and (done % config.preview_every == 0 or last):
-            preview(model, fixed[:8], out / f"preview_{done:07d}.png")
-            log.pause()
-        if last:
-            break
-    log.finish(out, stop)
+        raise cli.UsageError(
+            f"the ImageNet weights of VGG16 could not be downloaded ({error}); go online once, put "
+            "vgg16-397923af.pth into ~/.cache/torch/hub/checkpoints/, or train with --perceptual "
+            "none") from None
 
 
 @torch.no_grad()
 def preview(model, images, path):
     """Top row: images. Below: decoded from the quantised and from the unquantised latents."""
-    from plumbing import pictures
     model.eval()
     latents = model.encode(images)
     rows = [images, model.decode(model.quantize(latents)[0]), model.decode(latents)]
@@ -466,7 +441,6 @@ def load(path, device="cpu"):
     """Rebuild a trained StageA, in eval mode, from a checkpoint: ours,
     a folder that diffusers wrote (PaellaVQModel) or an official .pt file.
     """
-    from plumbing import checkpoint
     return checkpoint.rebuild(path, "A", StageA, config_of, device, "model")
 
 
@@ -507,7 +481,6 @@ def to_diffusers(model):
 
 
 if __name__ == "__main__":
-    from plumbing import cli
     from pocket import shapes
     config, args = cli.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),

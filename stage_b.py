@@ -33,14 +33,11 @@ import copy
 import itertools
 import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-
-from plumbing.cli import UsageError
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -460,12 +457,12 @@ def drop_and_noise(sem, text, null_text, config, mean=0.0, std=1.0):
     return sem, torch.where(no_text, null_text, text)
 
 
-def loss(model, x_0, sem, text, t=None, noise=None, record=None):
+def loss(model, x_0, sem, text, t=None, noise=None):
     """Mean squared error of the predicted noise (LDM training, §3.1).
 
     x_0: (B, 4, H, W) standardised Stage A latents. sem: (B, 16, h, w). text: (B, L, E). t: (B,) in
-    [0, 1], drawn if None. noise: like x_0, drawn if None. record: a list that receives (t,
-    unweighted error), both (B,). Returns a scalar.
+    [0, 1], drawn if None. noise: like x_0, drawn if None. Returns the loss (scalar), t (B,) and the
+    unweighted error of each sample (B,), without a gradient.
     """
     if t is None:
         # departs (pocket): drawn nearer to t = 1 (t_power 1.5: half of all t are above .69). Flat
@@ -474,16 +471,14 @@ def loss(model, x_0, sem, text, t=None, noise=None, record=None):
     noise = torch.randn_like(x_0) if noise is None else noise
     eps_hat = model(diffuse(x_0, t, noise), t, sem, text)                 # (B, 4, H, W)
     error = (eps_hat - noise).square().mean((1, 2, 3))                    # (B,)
-    if record is not None:
-        record.append((t.detach(), error.detach()))
+    weight = 1.0
     if model.config.weight_cap:
         # departs (pocket): the error is measured in x_0, which is (1 - alpha_bar) / alpha_bar times
         # that in eps, up to a cap: near t = 1 an error in eps barely shows whether x_0 is right.
         # And down to a floor, so that the levels near t = 0, where the factor is small, count too.
         a_bar = alpha_bar(t)
         weight = ((1 - a_bar) / a_bar).clamp(model.config.weight_floor, model.config.weight_cap)
-        error = weight * error
-    return error.mean()
+    return (weight * error).mean(), t, error.detach()
 
 
 # ---- sampler -------------------------------------------------------------------------------------
@@ -527,109 +522,79 @@ def ddpm_sample(model, shape, sem, text, null_sem, null_text, steps=12, guidance
 
 # ---- training ------------------------------------------------------------------------------------
 
-def train(config, source, out, stage_a_path, clip=None, init_from=None):
+import data
+import semantic_compressor
+import stage_a
+from plumbing import checkpoint, cli, pictures, training
+
+
+def train(config, source, out, path_a, clip=None, init_from=None):
     """Train Stage B and the compressor on captioned images. Goes on by itself if `out` holds a run.
 
-    stage_a_path: checkpoint of Stage A. clip: local weights of the text encoder, or None for the
-    hub. init_from: a checkpoint whose Stage B and compressor a new run begins with.
+    path_a: checkpoint of Stage A. clip: local weights of the text encoder, or None for the hub.
+    init_from: a checkpoint whose Stage B and compressor a new run begins with.
     """
-    import data
-    import semantic_compressor
-    import stage_a
-    from plumbing import checkpoint, training
-
-    device, rank, world = training.setup(config.seed)
-    out = Path(out)
-    checkpoint.required(stage_a_path, "a Stage A checkpoint",
-                 "train it with `python stage_a.py --data …`, or name it with --stage-a. It also "
-                 f"needs the text encoder {config.text_encoder} (the hub's, or --clip PATH)")
-    if config.compressor not in semantic_compressor.PRESETS:
-        raise UsageError(f"--compressor {config.compressor}: expected one of "
-                              f"{', '.join(semantic_compressor.PRESETS)}")
-    trained = config.compressor_share > 0
-    if not trained and not init_from:
-        raise UsageError("--compressor-share 0 leaves the compressor as it is: give the "
-                              "checkpoint with a trained one as --init-from")
-    for name, known in dict(condition=("raw", "standardised"),
-                            head=("released", "velocity")).items():
-        found = getattr(config, name)
-        if found not in known:
-            raise UsageError(f"--{name} {found}: expected {' or '.join(known)}")
-    vqgan = stage_a.load(stage_a_path, device)
-    encoder = data.text_encoder(config.text_encoder, clip, device)
-    if encoder.width != config.text_width:
-        raise UsageError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
-                              f"expected --text-width {config.text_width}")
-    dataset = data.CaptionedImages(source, resize=config.image_size, crop=config.image_size,
-                                   seed=config.seed, center=config.remember,
-                                   filters=data.filters(config))
-    first = dataset if config.remember else data.CaptionedImages(
-        source, resize=config.image_size, crop=config.image_size, center=True,
-        filters=data.filters(config))
-    fixed = next(data.stream(first, min(256, 2 ** 26 // config.image_size ** 2), seed=config.seed))
-    fixed["images"] = fixed["images"].to(device)                          # preview, scale
-    settling = semantic_compressor.resize(fixed["images"])
-    out.mkdir(parents=True, exist_ok=True)
-
-    def targets(batch):
-        """A batch -> x_0 (B, 4, H, W), images for sem (B, 3, 3H, 3W), text (B, L, E).
-
-        A compressor that stays as it is has already turned the images into sem (B, 16, h, w).
-        """
-        with torch.no_grad():
-            images = batch["images"].to(device)
-            x_0 = vqgan.standardise(vqgan.encode(images))
-            small = semantic_compressor.resize(images)
-            return x_0, small if trained else compressor_ema(small), encoder(batch["captions"])
-
+    device = training.setup(config.seed)
+    # two frozen networks: one makes the latents that B learns to draw, one the tokens it reads
+    vqgan = stage_a.load(path_a, device)
+    encoder = data.text_encoder(config.text_encoder, clip, device, config.text_width)
     null_text = encoder([""])                                             # (1, L, E)
+    options = dict(resize=config.image_size, crop=config.image_size, filters=data.filters(config))
+    dataset = data.CaptionedImages(source, seed=config.seed, center=config.remember, **options)
+    first = data.CaptionedImages(source, center=True, report=False, **options)
+    # images to preview and to measure BatchNorm on: 64 of 1024 px, at most 256 of smaller ones
+    fixed = next(data.stream(first, min(256, 2 ** 26 // config.image_size ** 2), config.seed))
+    fixed["images"] = fixed["images"].to(device)
+    settling = semantic_compressor.resize(fixed["images"])
 
-    torch.manual_seed(config.seed)
-    compressor_config = semantic_compressor.PRESETS[config.compressor]
-    compressor = semantic_compressor.SemanticCompressor(compressor_config).to(device).train()
+    run = training.Run("B", config, out, device, init_from, samples=len(dataset),
+                       stage_a=checkpoint.checksum(vqgan.state_dict()),
+                       text_encoder=dict(name=encoder.name, checksum=encoder.checksum))
+    trained = config.compressor_share > 0                  # else it stays as --init-from gave it
+    compressor = semantic_compressor.new(config.compressor, run.new and not init_from, device)
     model = StageB(config).to(device).train()
-    given = dict(samples=len(dataset), stage_a=checkpoint.checksum(vqgan.state_dict()),
-                 text_encoder=dict(name=encoder.name, checksum=encoder.checksum))
-    state = checkpoint.resume(out / "checkpoint.pt", "B", config, device, rank, given, init_from)
-    if init_from and not state:                                           # weights, nothing else
+    if init_from and run.new:                                             # weights, nothing else
         model.load_state_dict(load(init_from).state_dict())
         compressor.load_state_dict(semantic_compressor.load(init_from).state_dict())
-    elif compressor_config.imagenet and not state:
-        semantic_compressor.imagenet_weights(compressor)
+    elif run.new and not trained:
+        raise cli.UsageError("--compressor-share 0 leaves the compressor as it is: give the "
+                             "checkpoint with a trained one as --init-from")
     ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False)
                            for net in (model, compressor))
     # After its average was copied: that one is measured by the first process alone (`settle`).
-    compressor = training.synchronised(compressor, world).requires_grad_(trained)
+    compressor = training.synchronised(compressor).requires_grad_(trained)
     parameters = [*model.parameters(), *(compressor.parameters() if trained else ())]
     optimizer = torch.optim.AdamW(
         [dict(params=model.parameters(), share=1.0),
          dict(params=compressor.parameters(), share=config.compressor_share)],     # of lr
         lr=config.lr, betas=(0.9, 0.95), fused=True)                      # betas: official code
-    start, position = 0, (0, 0)
-    if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        compressor.load_state_dict(state["compressor"])
-        compressor_ema.load_state_dict(state["compressor_ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, position, state = state["step"], state["position"], None   # its memory is needed
-    elif rank:
-        torch.manual_seed(config.seed + rank)                             # other noise on each rank
+
+    @torch.no_grad()
+    def targets(batch):
+        """-> x_0 (B, 4, H, W), the compressor's input (B, 3, 3H/4, 3W/4), text (B, L, E).
+
+        In place of its input the output (B, 16, h, w) of a compressor that is not trained.
+        """
+        if "remembered" in batch:
+            return [part.to(device) for part in batch["remembered"]]
+        images = batch["images"].to(device)
+        small = semantic_compressor.resize(images)
+        return (vqgan.standardise(vqgan.encode(images)),
+                small if trained else compressor_ema(small), encoder(batch["captions"]))
+
+    batches = data.Stream(dataset, config)
+    run.restore(model=model, ema=ema, compressor=compressor, compressor_ema=compressor_ema,
+                optimizer=optimizer, batches=batches)
     if config.remember:
-        dataset = data.remember(dataset, targets, label="Stage A latents and text tokens")
+        batches.dataset = data.remember(dataset, targets, label="Stage A latents and text tokens")
     if config.compile:
         model.compile()                                               # in place: names stay clean
-        if world == 1:                                                # synchronised norms: eagerly
+        if training.world() == 1:                                     # synchronised norms: eagerly
             compressor.compile()
 
-    batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
-                          0 if config.remember else config.workers)
-    log, guard, stop = training.Log(out, config, start, rank, world), training.NanGuard(), training.StopSignal()
-    record = []                                                   # (t, error) since the last log
     freeze = config.steps - config.cooldown if config.cooldown else None
-    for step in range(start, config.steps):
+    for step in run.steps():
         optimizer.zero_grad(set_to_none=True)
-        seen = 0
         # While the learning rate decays (pocket), the compressor's BatchNorm keeps its statistics:
         # those of small batches vary, and Stage B gets used to the latents that sampling will have.
         if step == freeze and trained:
@@ -637,12 +602,8 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
         frozen = not trained or (freeze is not None and step >= freeze)
         compressor.train(not frozen)
         for _ in range(config.accumulate):
-            # batch
-            batch = next(batches)
-            position = batch["position"]
-            # targets
-            x_0, images, text = (part.to(device) for part in (batch["remembered"] if config.remember
-                                                              else targets(batch)))
+            # batch, targets
+            x_0, images, text = targets(next(batches))
             # loss
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 sem = (compressor(images) if trained else images).float()  # (B, 16, h, w), raw
@@ -651,64 +612,43 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
                 mean, std = sem.detach().mean(), sem.detach().std()
                 scale = (mean, std) if config.condition == "raw" else (0.0, 1.0)
                 sem, text = drop_and_noise((sem - mean) / std, text, null_text, config, *scale)
-                value = loss(model, x_0, sem, text, record=record)
+                value, t, error = loss(model, x_0, sem, text)
+            run.note(t, error)
             # backward
             (value / config.accumulate).backward()
-            seen += len(x_0) * world
         # clip
-        training.average_gradients(parameters, world)
+        training.average_gradients(parameters)
         grad = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         # lr, step
         lr = training.learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
-        if not guard.is_bad(grad, step):
+        if run.finite(grad):
             optimizer.step()
             # EMA
             training.ema_update(ema, model, step, config.ema)
             if trained:
                 training.ema_update(compressor_ema, compressor, step, config.ema)
-        done, last = step + 1, stop.now(device, world) or step + 1 == config.steps
-        # log
-        log.step(seen)
-        if done % config.log_every == 0 or last:
-            log.write(done, training.by_level(record), loss=value.item(), grad=grad.item(), lr=lr,
-                      skipped=guard.skipped)
-            record.clear()
-        saves, previews = (rank == 0 and (done % every == 0 or last)
-                           for every in (config.save_every, config.preview_every))
-        if previews or saves:
-            if not frozen:
-                semantic_compressor.settle(compressor_ema, settling)
-            scale = semantic_compressor.latent_scale(compressor_ema, settling)
-        # checkpoint
-        if saves:
-            checkpoint.save_checkpoint(out / "checkpoint.pt", dict(
-                stage="B", config=asdict(config), step=done, position=position,
-                compressor_config=asdict(replace(compressor_config, latent_mean=scale[0],
-                                                 latent_std=scale[1])),
-                model=model.state_dict(), ema=ema.state_dict(), compressor=compressor.state_dict(),
-                compressor_ema=compressor_ema.state_dict(), optimizer=optimizer.state_dict(),
-                random=checkpoint.random_state(device), **given))
-            log.pause()
-        # preview
-        if previews:
-            preview(ema, compressor_ema, scale, vqgan, encoder, fixed,
-                    out / f"preview_{done:07d}.png")
-            log.pause()
-        if last:
-            break
-    log.finish(out, stop)
+        # log, preview, checkpoint
+        run.log(loss=value, grad=grad, lr=lr)
+        if run.due("preview") or run.due("save"):
+            measured = semantic_compressor.measure(compressor_ema, settling, settled=frozen)
+        if run.due("preview"):
+            preview(ema, compressor_ema, measured, vqgan, encoder, fixed, run.preview)
+        if run.due("save"):
+            run.save(compressor_config=asdict(measured))
 
 
 @torch.no_grad()
-def preview(model, compressor, scale, vqgan, encoder, fixed, path):
-    """Top row: images. Then: through A alone; through compressor, B (12 steps, w = 1) and A."""
-    import semantic_compressor
-    from plumbing import pictures
+def preview(model, compressor, measured, vqgan, encoder, fixed, path):
+    """Top row: images. Then: through A alone; through compressor, B (12 steps, w = 1) and A.
+
+    measured: the compressor's Config with the scale of its latents.
+    """
     images, text = fixed["images"][:8], encoder(fixed["captions"][:8])
     raw = compressor(semantic_compressor.resize(images))
-    sem = raw if model.config.condition == "raw" else (raw - scale[0]) / scale[1]
+    mean, std = measured.latent_mean, measured.latent_std
+    sem = raw if model.config.condition == "raw" else (raw - mean) / std
     latents = vqgan.encode(images)
     generators = [torch.Generator().manual_seed(index) for index in range(len(images))]
     drawn = ddpm_sample(model, latents.shape, sem, text, torch.zeros_like(sem), text, guidance=1,
@@ -723,7 +663,6 @@ def load(path, device="cpu"):
     """Rebuild a trained StageB (its EMA weights), in eval mode, from a checkpoint: ours,
     a folder that diffusers wrote (WuerstchenDiffNeXt) or an official .pt file.
     """
-    from plumbing import checkpoint
     return checkpoint.rebuild(path, "B", StageB, config_of, device)
 
 
@@ -765,7 +704,6 @@ def to_diffusers(config):
 
 
 if __name__ == "__main__":
-    from plumbing import checkpoint, cli
     from pocket import shapes
     config, args = cli.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),

@@ -27,16 +27,13 @@ A healthy pocket run prints: error by noise level starting near [t<.25 1.6 | .5 
 
 import copy
 import math
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-
-from plumbing.cli import UsageError
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -363,20 +360,18 @@ def drop_text(text, null_text, rate):
     return torch.where(dropped, null_text, text)
 
 
-def loss(model, x_0, text, t=None, noise=None, p2=None, record=None):
+def loss(model, x_0, text, t=None, noise=None, p2=None):
     """p2-weighted error of the predicted noise (§3.2).
 
     x_0: (B, 16, h, w) standardised compressor latents. text: (B, L, E). t: (B,) in [0, 1], drawn if
-    None. noise: like x_0, drawn if None. p2: a form of p2_weight; the model's if None. record: a
-    list that receives (t, unweighted error), both (B,). Returns a scalar.
+    None. noise: like x_0, drawn if None. p2: a form of p2_weight; the model's if None. Returns the
+    loss (scalar), t (B,) and the unweighted error of each sample (B,), without a gradient.
     """
     t = draw_t(len(x_0), x_0.device) if t is None else t
     noise = torch.randn_like(x_0) if noise is None else noise
     eps_hat = model(diffuse(x_0, t, noise), t, text)                      # (B, 16, h, w)
     error = (eps_hat - noise).square().mean((1, 2, 3))                    # (B,)
-    if record is not None:
-        record.append((t.detach(), error.detach()))
-    return (p2_weight(t, p2 or model.config.p2) * error).mean()
+    return (p2_weight(t, p2 or model.config.p2) * error).mean(), t, error.detach()
 
 
 # ---- sampler -------------------------------------------------------------------------------------
@@ -423,174 +418,124 @@ RELEASED_LEVELS = (*(1 - i / 57 for i in range(20)), *((10 - i) / 15 for i in ra
 
 # ---- training ------------------------------------------------------------------------------------
 
-def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
+import data
+import semantic_compressor
+from plumbing import checkpoint, cli, pictures, training
+
+
+def train(config, source, out, path_a, path_b, clip=None, init_from=None):
     """Train on captioned images or on cached latents. Goes on by itself if `out` holds a run.
 
-    stage_b: checkpoint that holds the trained compressor. stage_a: for previews; may be missing.
-    clip: local weights of the text encoder, or None for the hub. init_from: a checkpoint whose
-    weights a new run begins with.
+    path_a: checkpoint of Stage A, for previews; may be missing. path_b: of Stage B, which holds the
+    trained compressor. clip: local weights of the text encoder, or None for the hub. init_from: a
+    checkpoint whose weights a new run begins with.
     """
-    import data
-    import semantic_compressor
-    from plumbing import checkpoint, training
+    device = training.setup(config.seed)
+    # two frozen networks: one makes the latents that C learns to draw, one the tokens it reads
+    compressor = semantic_compressor.load(path_b, device)
+    encoder = data.text_encoder(config.text_encoder, clip, device, config.text_width)
+    null_text = encoder([""])                                             # (1, L, E)
+    dataset = training_data(config, source, compressor)
 
-    device, rank, world = training.setup(config.seed)
-    out = Path(out)
-    checkpoint.required(stage_b, "a Stage B checkpoint with the trained Semantic Compressor",
-                 "train it with `python stage_b.py --data …`, or name it with --stage-b. It also "
-                 f"needs the text encoder {config.text_encoder} (the hub's, or --clip PATH)")
-    compressor = semantic_compressor.load(stage_b, device)
-    encoder = data.text_encoder(config.text_encoder, clip, device)
-    if config.p2 not in ("paper", "released", "none"):
-        raise UsageError(f"--p2 {config.p2}: expected paper, released or none")
-    if encoder.width != config.text_width:
-        raise UsageError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
-                              f"expected --text-width {config.text_width}")
-    if Path(stage_a).exists():                         # fail now, not at the first preview
-        import sample
-        sample.load_chain(stage_a, stage_b, clip=clip)
-    cached = semantic_compressor.cached(source, compressor)               # latents, or None: images
-    sizes = [tuple(int(side) for side in size.split("x")) for size in config.sizes]     # (H, W)
-    if sizes and (cached or config.remember):
-        raise UsageError("--sizes: batches of several sizes are made from images as training "
-                              "goes; give image shards and --no-remember")
-    if cached and cached["image_size"] != config.image_size:
-        raise UsageError(f"{source}: holds latents of {cached['image_size']}-px images, "
-                              f"expected --image-size {config.image_size}")
-    side = min(min(size) for size in sizes) if sizes else config.image_size
-    dataset = (data.CaptionedLatents if cached else data.CaptionedImages)(
-        source, resize=side, crop=sizes or side, seed=config.seed, center=config.remember,
-        filters=data.filters(config))
-    out.mkdir(parents=True, exist_ok=True)
-
+    @torch.no_grad()
     def targets(batch):
         """A batch of images (or latents) and captions -> x_0 (B, 16, h, w), text (B, L, E)."""
-        with torch.no_grad():
-            x_0 = batch["images"].to(device)
-            if not cached:
-                x_0 = compressor.standardise(compressor(
-                    x_0 if sizes else semantic_compressor.resize(x_0)))
-            return x_0, encoder(batch["captions"])
+        if "remembered" in batch:
+            return [part.to(device) for part in batch["remembered"]]
+        x_0 = batch["images"].to(device)
+        if x_0.shape[1] == 3:                                             # images, not latents
+            small = x_0 if config.sizes else semantic_compressor.resize(x_0)
+            x_0 = compressor.standardise(compressor(small))
+        return x_0, encoder(batch["captions"])
 
     if config.remember:
         dataset = data.remember(dataset, targets, label="compressor latents and text tokens")
-    null_text = encoder([""])                                             # (1, L, E)
     captions = next(data.stream(dataset, 16, config.seed))["captions"]    # of the previews
+    check_preview(path_a, path_b, clip)
 
-    torch.manual_seed(config.seed)
+    run = training.Run("C", config, out, device, init_from, samples=len(dataset),
+                       compressor=checkpoint.checksum(compressor.state_dict()),
+                       text_encoder=dict(name=encoder.name, checksum=encoder.checksum))
     model = StageC(config).to(device).train()
+    if init_from and run.new:                                             # weights, nothing else
+        model.load_state_dict(load(init_from).state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
-    start, position = 0, (0, 0)
-    given = dict(samples=len(dataset), compressor=checkpoint.checksum(compressor.state_dict()),
-                 text_encoder=dict(name=encoder.name, checksum=encoder.checksum))
-    state = checkpoint.resume(out / "checkpoint.pt", "C", config, device, rank, given, init_from)
-    if init_from and not state:                                           # weights, nothing else
-        model.load_state_dict(load(init_from).state_dict())
-        ema.load_state_dict(model.state_dict())
-    if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, position, state = state["step"], state["position"], None   # its memory is needed
-    elif rank:
-        torch.manual_seed(config.seed + rank)                             # other noise on each rank
+    batches = data.Stream(dataset, config)
+    run.restore(model=model, ema=ema, optimizer=optimizer, batches=batches)
     if config.compile:
         model.compile()                                               # in place: names stay clean
 
-    batches = data.stream(dataset, config.batch_size, config.seed, position, rank, world,
-                          0 if config.remember else config.workers)
-    log, guard, stop = training.Log(out, config, start, rank, world), training.NanGuard(), training.StopSignal()
-    record = []                                                   # (t, error) since the last log
-    for step in range(start, config.steps):
+    for step in run.steps():
         optimizer.zero_grad(set_to_none=True)
-        seen = 0
         for _ in range(config.accumulate):
-            # batch
-            batch = next(batches)
-            position = batch["position"]
-            # targets
-            x_0, text = (part.to(device) for part in (batch["remembered"] if config.remember
-                                                      else targets(batch)))
+            # batch, targets
+            x_0, text = targets(next(batches))                            # (B, 16, h, w), (B, L, E)
             text = drop_text(text, null_text, config.text_drop)
             # loss
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                value = loss(model, x_0, text, record=record)
+                value, t, error = loss(model, x_0, text)
+            run.note(t, error)
             # backward
             (value / config.accumulate).backward()
-            seen += len(x_0) * world
         # clip
-        training.average_gradients(model.parameters(), world)
+        training.average_gradients(model.parameters())
         grad = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         # lr, step
         lr = training.learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if not guard.is_bad(grad, step):
+        if run.finite(grad):
             optimizer.step()
             # EMA
             training.ema_update(ema, model, step, config.ema)
-        done, last = step + 1, stop.now(device, world) or step + 1 == config.steps
-        # log
-        log.step(seen)
-        if done % config.log_every == 0 or last:
-            log.write(done, training.by_level(record), loss=value.item(), grad=grad.item(), lr=lr,
-                      skipped=guard.skipped)
-            record.clear()
-        # checkpoint
-        if rank == 0 and (done % config.save_every == 0 or last):
-            checkpoint.save_checkpoint(out / "checkpoint.pt", dict(
-                stage="C", config=asdict(config), step=done, position=position,
-                model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                random=checkpoint.random_state(device), **given))
-            log.pause()
-        # preview
-        if rank == 0 and (done % config.preview_every == 0 or last):
-            preview(ema, encoder, captions, stage_a, stage_b, clip, out / f"preview_{done:07d}.png")
-            log.pause()
-        if last:
-            break
-    log.finish(out, stop)
+        # log, preview, checkpoint
+        run.log(loss=value, grad=grad, lr=lr)
+        if run.due("preview"):
+            preview(ema, encoder, captions, path_a, path_b, clip, run.preview)
+        if run.due("save"):
+            run.save()
+
+
+def training_data(config, source, compressor):
+    """Images at Stage A's size, at the compressor's for --sizes; or latents if `source` holds them.
+
+    Raises UsageError where the settings do not fit together.
+    """
+    cached = semantic_compressor.cached(source, compressor)
+    sizes = [tuple(int(side) for side in size.split("x")) for size in config.sizes]     # (H, W)
+    if sizes and (cached or config.remember):
+        raise cli.UsageError("--sizes: batches of several sizes are made from images as training "
+                             "goes; give image shards and --no-remember")
+    if cached and cached["image_size"] != config.image_size:
+        raise cli.UsageError(f"{source}: holds latents of {cached['image_size']}-px images, "
+                             f"expected --image-size {config.image_size}")
+    side = min(min(size) for size in sizes) if sizes else config.image_size
+    return (data.CaptionedLatents if cached else data.CaptionedImages)(
+        source, resize=side, crop=sizes or side, seed=config.seed, center=config.remember,
+        filters=data.filters(config))
+
+
+def check_preview(path_a, path_b, clip):
+    """Load what previews need, so that a fault is found now and not at the first preview."""
+    import sample
+    if Path(path_a).exists():
+        sample.load_chain(path_a, path_b, clip=clip)
 
 
 @torch.no_grad()
-def preview(model, encoder, captions, stage_a, stage_b, clip, path):
+def preview(model, encoder, captions, path_a, path_b, clip, path):
     """Sixteen captions of the data at fixed noise, decoded by B and A if there is a Stage A."""
-    from plumbing import pictures
     side = model.config.image_size * 3 // 128
     generators = [torch.Generator().manual_seed(index) for index in range(len(captions))]
     latents = ddpm_sample(model, (len(captions), model.config.latent_channels, side, side),
                           encoder(captions), encoder([""]), steps=20, generator=generators)
-    if Path(stage_a).exists():
+    if Path(path_a).exists():
         import sample
-        images = sample.decode(latents, captions, stage_a, stage_b, clip)
+        images = sample.decode(latents, captions, path_a, path_b, clip)
     else:
         images = pictures.latent_picture(latents)
     pictures.grid(images.float().cpu(), 4, captions).save(path)
-
-
-def interpolate(paths, out, share=0.5):
-    """The last step of E.3: the weights half way between those of two runs, as a checkpoint.
-
-    paths: two checkpoints of ours; share: of the second one. It samples; it cannot be resumed.
-    """
-    from plumbing import checkpoint
-    if len(paths) != 2:
-        raise UsageError(f"--interpolate {','.join(paths)}: expected two files, FILE,FILE")
-    first, second = (checkpoint.load_checkpoint(path, "C") for path in paths)
-    for name in ("compressor", "text_encoder"):
-        if first[name] != second[name]:
-            raise UsageError(f"{paths[0]} and {paths[1]} were trained with different "
-                                      f"values of {name}: between them lies no model")
-    if (Path(out) / "checkpoint.pt").exists():
-        raise UsageError(f"{out}/checkpoint.pt is there already and would be lost; give the "
-                              "mean another --out")
-    ema = {name: value.lerp(second["ema"][name], share) for name, value in first["ema"].items()}
-    Path(out).mkdir(parents=True, exist_ok=True)
-    checkpoint.save_checkpoint(Path(out) / "checkpoint.pt", dict(
-        stage="C", config=second["config"], step=second["step"], ema=ema, samples=0,
-        compressor=second["compressor"], text_encoder=second["text_encoder"]))
-    print(f"{out}/checkpoint.pt: {1 - share:g} of {paths[0]} and {share:g} of {paths[1]}")
 
 
 # ---- checkpoints: ours, diffusers' and the official ones -----------------------------------------
@@ -599,7 +544,6 @@ def load(path, device="cpu"):
     """Rebuild a trained StageC (its EMA weights), in eval mode, from a checkpoint: ours,
     a folder that diffusers wrote (WuerstchenPrior) or an official .pt file.
     """
-    from plumbing import checkpoint
     return checkpoint.rebuild(path, "C", StageC, config_of, device)
 
 
@@ -628,7 +572,6 @@ def to_diffusers(config):
 
 
 if __name__ == "__main__":
-    from plumbing import checkpoint, cli
     from pocket import shapes
     config, args = cli.parse(
         Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
@@ -636,13 +579,9 @@ if __name__ == "__main__":
         stage_a=(None, "Stage A checkpoint, for previews (stage_a/checkpoint.pt beside --out)"),
         stage_b=(None, "Stage B checkpoint (default: stage_b/checkpoint.pt beside --out)"),
         clip=(None, "local weights of the CLIP text encoder, file or folder (default: the hub)"),
-        init_from=(None, "begin a new run with the weights of this checkpoint (E.3: each phase)"),
-        interpolate=(None, "FILE,FILE: no training, the mean of two checkpoints' weights (E.3)"))
+        init_from=(None, "begin a new run with the weights of this checkpoint (E.3: each phase)"))
     size, _, phase = args.preset.partition("-")
     out = args.out or f"runs/{size}/stage_c" + (f"-{phase}" if phase else "")
-    if args.interpolate:
-        cli.start(interpolate, args.interpolate.split(","), out)
-        sys.exit()
     cli.start(train, config, shapes.source(args), out,
               args.stage_a or checkpoint.earlier("a", out, args.preset),
               args.stage_b or checkpoint.earlier("b", out, args.preset), args.clip, args.init_from)

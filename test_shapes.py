@@ -133,11 +133,11 @@ def test_every_parameter_has_a_gradient(head):
     a, b = shake(stage_a.StageA(TINY_A)), shake(stage_b.StageB(replace(TINY_B, head=head)))
     c = shake(stage_c.StageC(TINY_C))
     compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])
-    stage_a.loss(a, torch.rand(4, 3, 32, 64)).backward()
+    stage_a.loss(a, torch.rand(4, 3, 32, 64))[0].backward()
     text = torch.randn(4, *TEXT)
     stage_b.loss(b, torch.randn(4, 4, 16, 32), compressor(torch.rand(4, 3, 96, 192)),
-                 text).backward()
-    stage_c.loss(c, torch.randn(4, 16, 3, 5), text).backward()
+                 text)[0].backward()
+    stage_c.loss(c, torch.randn(4, 16, 3, 5), text)[0].backward()
     for model in (a, b, compressor, c):
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
@@ -199,7 +199,7 @@ def test_text_matters_after_one_step():
         module = stage_c if more == () else stage_b
         assert_close(model(x, t, *more, text), model(x, t, *more, text.flip(0)))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        module.loss(model, x, *more, text).backward()
+        module.loss(model, x, *more, text)[0].backward()
         optimizer.step()
         assert not torch.allclose(model(x, t, *more, text), model(x, t, *more, text.flip(0)),
                                   atol=1e-6)
@@ -232,10 +232,9 @@ def test_loss_is_weighted_by_p2():
         def forward(self, x_t, t, text):
             return torch.zeros_like(x_t)
     x_0, noise, t = torch.zeros(2, 16, 3, 3), torch.ones(2, 16, 3, 3), torch.tensor([0.25, 0.75])
-    record = []
-    value = stage_c.loss(Fixed(), x_0, None, t=t, noise=noise, p2="paper", record=record)
+    value, _, error = stage_c.loss(Fixed(), x_0, None, t, noise, p2="paper")
     assert_close(value, stage_c.p2_weight(t).mean())         # the error is 1 everywhere
-    assert_close(record[0][1], torch.ones(2))                # and the record is not weighted
+    assert_close(error, torch.ones(2))                       # and the errors are not weighted
 
 
 def test_stage_b_weight():
@@ -246,10 +245,10 @@ def test_stage_b_weight():
         def forward(self, x_t, t, sem, text):
             return torch.zeros_like(x_t)
     model, x_0, t = Fixed(), torch.zeros(3, 4, 4, 4), torch.tensor([0.05, 0.5, 0.99])
-    assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0)), torch.tensor(1.0))
+    assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0))[0], torch.tensor(1.0))
     model.config = replace(TINY_B, weight_cap=20.0, weight_floor=0.5)
     expected = torch.tensor((0.5 + 0.5060 / 0.4940 + 20) / 3)     # a is 0.494 at t = .5
-    assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0)), expected,
+    assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0))[0], expected,
                  atol=1e-3, rtol=0)
     assert stage_b.PRESETS["paper"].weight_cap == stage_b.PRESETS["released"].weight_cap == 0
 
@@ -360,26 +359,28 @@ def test_quantisation_drop():
     """Samples named by `drop` skip the quantiser, the others do not; 10 % are drawn by default."""
     a = stage_a.StageA(replace(TINY_A, decoder_blocks=0)).eval()
     nn.init.normal_(a.vquantizer.embedding.weight)
-    images, record = torch.rand(2, 3, 16, 16), {}
-    stage_a.loss(a, images, drop=torch.tensor([True, False]), record=record)
+    images = torch.rand(2, 3, 16, 16)
+    _, found = stage_a.loss(a, images, drop=torch.tensor([True, False]))
     latents = a.encode(images)
-    assert_close(record["decoded"][0], a.decode(latents)[0].detach())
-    assert_close(record["decoded"][1], a.decode(a.quantize(latents)[0])[1].detach())
-    assert not torch.allclose(record["decoded"][1], a.decode(latents)[1])
+    assert_close(found["decoded"][0], a.decode(latents)[0].detach())
+    assert_close(found["decoded"][1], a.decode(a.quantize(latents)[0])[1].detach())
+    assert not torch.allclose(found["decoded"][1], a.decode(latents)[1])
     assert stage_a.PRESETS["paper"].quantise_drop == 0.1
 
 
 def test_codebook_does_not_collapse():
-    """From the released initialisation few codes win; after revive_codes most are used."""
+    """From the released initialisation few codes win; after a revival most are used."""
     torch.manual_seed(0)
     a = stage_a.StageA(replace(TINY_A, codebook_size=512))
     latents = a.encode(torch.rand(8, 3, 64, 64))
     before = a.quantize(latents)[1].unique().numel()
-    stage_a.revive_codes(a, latents.detach(), torch.zeros(512, dtype=torch.bool))
+    usage = stage_a.CodeUsage(512)
+    usage.revive(a.vquantizer.embedding.weight, latents)
     after = a.quantize(latents)[1].unique().numel()
     assert before < 0.3 * 512 and after > 0.8 * 512
     kept = a.vquantizer.embedding.weight.clone()
-    stage_a.revive_codes(a, latents.detach(), torch.ones(512, dtype=torch.bool))
+    usage.note(torch.arange(512))
+    usage.revive(a.vquantizer.embedding.weight, latents)
     assert_close(a.vquantizer.embedding.weight, kept)
 
 
@@ -404,7 +405,7 @@ def test_discriminator_sends_gradients():
 
     def gradient(discriminator):
         a.zero_grad()
-        stage_a.loss(a, images, None, discriminator, drop).backward()
+        stage_a.loss(a, images, None, discriminator, drop)[0].backward()
         return weight.grad.clone()
     without, with_judge = gradient(None), gradient(judge)
     a.zero_grad()
@@ -461,15 +462,15 @@ def test_overfit_a():
     # large patches of flat colour: what a two-stage encoder can learn in seconds
     images = torch.rand(4, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     model = stage_a.StageA(replace(TINY_A, widths=(16, 32), codebook_size=64))
-    stage_a.revive_codes(model, model.encode(images).detach(), torch.zeros(64, dtype=torch.bool))
+    stage_a.CodeUsage(64).revive(model.vquantizer.embedding.weight, model.encode(images))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     first = last = None
     for _ in range(200):
         optimizer.zero_grad()
-        record = {}
-        stage_a.loss(model, images, record=record).backward()
+        value, found = stage_a.loss(model, images)
+        value.backward()
         optimizer.step()
-        first, last = first or record["mse"].item(), record["mse"].item()
+        first, last = first or found["mse"].item(), found["mse"].item()
     assert last < 0.01 < 10 * last < first, (first, last)
 
 
@@ -486,7 +487,7 @@ def test_overfit_c_two_captions():
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * min(1, (250 - step) / 125)
         optimizer.zero_grad()
-        stage_c.loss(model, x_0.repeat(16, 1, 1, 1), text.repeat(16, 1, 1)).backward()
+        stage_c.loss(model, x_0.repeat(16, 1, 1, 1), text.repeat(16, 1, 1))[0].backward()
         optimizer.step()
 
     def draw(text):
@@ -512,7 +513,7 @@ def test_overfit_b(head, cap, width, lr):
             group["lr"] = lr * min(1, (250 - step) / 125)
         optimizer.zero_grad()
         stage_b.loss(model, x_0.repeat(8, 1, 1, 1), sem.repeat(8, 1, 1, 1),
-                     text.repeat(8, 1, 1)).backward()
+                     text.repeat(8, 1, 1))[0].backward()
         optimizer.step()
 
     def draw(sem):

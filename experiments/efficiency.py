@@ -164,7 +164,7 @@ def trainer(model, loss, device, averaged=True):
     def step():
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            value = loss()
+            value, *_ = loss()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -15,13 +15,6 @@ from safetensors.torch import load_file, save_file
 from plumbing.cli import UsageError
 
 
-def required(path, what, how):
-    """Return `path` as a Path, or stop with one sentence: what is missing and how it is made."""
-    if not Path(path).exists():
-        raise UsageError(f"{path}: {what} is needed here and was not found; {how}")
-    return Path(path)
-
-
 POCKET = Path(__file__).resolve().parent.parent / "pocket"    # the weights of the repository
 
 
@@ -50,6 +43,13 @@ def save_checkpoint(path, state):
     os.close(folder)
 
 
+MADE_BY = {"A": "Stage A, as `python stage_a.py --data …` makes it; or name it with --stage-a",
+           "B": "Stage B, as `python stage_b.py --data …` makes it; or name it with --stage-b",
+           "C": "Stage C, as `python stage_c.py --data …` makes it", None: "a stage",
+           "compressor": "Stage B with the trained Semantic Compressor, as `python stage_b.py "
+                         "--data …` makes it; or name it with --stage-b"}
+
+
 def load_checkpoint(path, stage=None):
     """Read a checkpoint to the CPU, never unpickling code. Four forms, one result, a dict:
 
@@ -64,7 +64,7 @@ def load_checkpoint(path, stage=None):
     if path.is_dir():
         return load_diffusers(path, stage)
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; expected a checkpoint of stage {stage}")
+        raise UsageError(f"{path}: no such file; expected a checkpoint of {MADE_BY[stage]}")
     try:
         state = (load_shipped(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True, mmap=True))
@@ -168,61 +168,50 @@ def rebuild(path, stage, Model, config_of, device, weights="ema"):
     return model.to(device).eval().requires_grad_(False)
 
 
-def random_state(device):
-    """The state of torch's random numbers, for a checkpoint."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+# What may change when a run goes on: its length, and what is about the machine and the log. Of
+# batch_size and accumulate the product is compared. The scale of latents is measured in the run.
+MAY_CHANGE = {"batch_size", "accumulate", "steps", "cooldown", "workers", "compile",
+              "checkpoint_activations", "log_every", "preview_every", "save_every", "latent_mean",
+              "latent_std", "guidance"}
 
 
-# what may change when a run goes on: its length, and what is about the machine and the log (of
-# batch_size and accumulate the parts, not their product)
-FREE = {"batch_size", "accumulate", "steps", "cooldown", "workers", "compile",
-        "checkpoint_activations", "log_every", "preview_every", "save_every", "latent_mean",
-        "latent_std", "guidance"}
+def resume(path, stage, config, device, must_match, init_from=None):
+    """Load the checkpoint of the run that goes on; None if there is none at `path`.
 
-
-def resume(path, stage, config, device, rank, given, init_from=None):
-    """Load the checkpoint that `--out` holds, or None. Restores the random numbers.
-
-    The config must be the one of the run, but for the fields in FREE, and so must everything in
-    `given` (the number of samples, the other stages' checksums): a run that goes on with other
-    numbers would be two runs under one name.
+    The config must be the one of the run but for MAY_CHANGE, and so must everything in must_match:
+    a run that goes on with other numbers would be two runs under one name. Raises UsageError.
     """
+    first = not dist.is_initialized() or dist.get_rank() == 0
     found = torch.tensor(float(Path(path).is_file()), device=device)
     if dist.is_initialized():
         dist.all_reduce(found)
         if found.item() not in (0, dist.get_world_size()):
-            raise UsageError(f"{path}: some processes find it and others do not; --out has to be on a disk "
-                     "that all machines share")
+            raise UsageError(f"{path}: some processes find it and others do not; --out has to be "
+                             "on a disk that all machines share")
     if not found:
-        if init_from and rank == 0:
+        if init_from and first:
             print(f"a new run at step 0 with the weights of {init_from}, and with nothing else of "
                   "it: not its optimizer, schedule or place in the data", flush=True)
         return None
-    if init_from and rank == 0:
+    if init_from and first:
         print(f"{path} is there, so that run goes on; --init-from has no effect", flush=True)
     state = load_checkpoint(path, stage)
-    if "optimizer" not in state:
+    if not {"optimizer", "errors"} <= set(state):
         raise UsageError(f"{path}: holds weights without the state of a training, so it cannot be "
-                 "continued; give it as --init-from with another --out to begin with its weights")
+                         "continued; give it as --init-from with another --out to begin with its "
+                         "weights")
     now, then = dataclasses.asdict(config), dict(state["config"])
     for settings in (now, then):
         settings["batch-size x accumulate"] = settings["batch_size"] * settings["accumulate"]
     differ = [f"--{name.replace('_', '-')} is {now[name]}, was {then.get(name)}"
-              for name in now if name not in FREE and now[name] != then.get(name)]
-    differ += [f"{name} is {value}, was {state.get(name)}" for name, value in given.items()
+              for name in now if name not in MAY_CHANGE and now[name] != then.get(name)]
+    differ += [f"{name} is {value}, was {state.get(name)}" for name, value in must_match.items()
                if state.get(name) != value]
     if differ:
-        raise UsageError(f"{path}: this run was started with another configuration ({'; '.join(differ)}); "
-                 "give the old values to go on with it, or another --out to start anew")
-    if "cuda" in state["random"] and device.type == "cuda":
-        torch.cuda.set_rng_state(state["random"]["cuda"], device)
-    torch.set_rng_state(state["random"]["cpu"])
-    if rank:                                              # rank 0 wrote it: draw other noise here
-        torch.manual_seed(config.seed + 1000 * state["step"] + rank)
-    if rank == 0:
+        raise UsageError(f"{path}: this run was started with another configuration "
+                         f"({'; '.join(differ)}); give the old values to go on with it, or another "
+                         "--out to start anew")
+    if first:
         print(f"going on from {path} at step {state['step']}", flush=True)
     return state
 

@@ -46,6 +46,6 @@ def latent_picture(latents, channels=3):
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of pictures in [0, 1], averaged over the batch."""
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1], averaged over the batch: a scalar."""
     error = (a.float().clamp(0, 1) - b.float().clamp(0, 1)).square().mean((1, 2, 3))
-    return (-10 * error.clamp_min(1e-10).log10()).mean().item()
+    return (-10 * error.clamp_min(1e-10).log10()).mean()

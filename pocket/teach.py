@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import semantic_compressor  # noqa: E402
 import stage_b  # noqa: E402
-from plumbing import checkpoint, cli, training  # noqa: E402
+from plumbing import cli, training  # noqa: E402
 from pocket import shapes  # noqa: E402
 
 CONFIG = replace(stage_b.PRESETS["pocket"], steps=3000, lr=2e-3, cooldown=1200, save_every=200)
@@ -101,28 +101,22 @@ def loss(head, latent, answers, measures):
 
 def teach(config, out):
     """config: a stage_b.Config, whose steps, batch_size, lr and so on are used here."""
-    device, _, _ = training.setup(config.seed)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    preset = semantic_compressor.PRESETS[config.compressor]
-    compressor = semantic_compressor.SemanticCompressor(preset).to(device).train()
-    head = make_head(preset.latent_channels).to(device)
+    device = training.setup(config.seed)
+    test, settling = batch(range(256), "heldout", device), batch(range(256), "train", device)[0]
+
+    run = training.Run("B", config, out, device)
+    compressor = semantic_compressor.new(config.compressor, False, device)
+    head = make_head(compressor.config.latent_channels).to(device)
     ema, ema_head = (copy.deepcopy(net).eval().requires_grad_(False) for net in (compressor, head))
     untrained = stage_b.StageB(config).state_dict()
     parameters = [*compressor.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95))
-    parts = dict(compressor=compressor, compressor_ema=ema, head=head, head_ema=ema_head,
-                 optimizer=optimizer)
-    state, start = checkpoint.resume(out / "checkpoint.pt", "B", config, device, 0, {}), 0
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        start, untrained = state["step"], state["model"]
+    run.restore(compressor=compressor, compressor_ema=ema, head=head, head_ema=ema_head,
+                optimizer=optimizer)
     if config.compile:
         compressor.compile()
-    test, settling = batch(range(256), "heldout", device), batch(range(256), "train", device)[0]
-    log, guard, stop = training.Log(out, config, start, 0, 1), training.NanGuard(), training.StopSignal()
-    for step in range(start, config.steps):
+
+    for step in run.steps():
         first = 256 + step * config.batch_size                            # every drawing is new
         images, *truth = batch(range(first, first + config.batch_size), "train", device)
         latent = compressor(images)                                       # (B, 16, 3, 3)
@@ -132,28 +126,19 @@ def teach(config, out):
         grad = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate(step, config)
-        if not guard.is_bad(grad, step):
+        if run.finite(grad):
             optimizer.step()
             training.ema_update(ema, compressor, step, config.ema)
             training.ema_update(ema_head, head, step, config.ema)
-        done, last = step + 1, stop.now(device, 1) or step + 1 == config.steps
-        log.step(config.batch_size)
-        saves, right = done % config.save_every == 0 or last, {}
-        if saves:
+        right = {}
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             semantic_compressor.settle(ema, settling)
-            scale = semantic_compressor.latent_scale(ema, settling)
             with torch.no_grad():
                 right = loss(ema_head, ema(test[0]), *test[1:])[1]
-            checkpoint.save_checkpoint(out / "checkpoint.pt", dict(
-                {name: part.state_dict() for name, part in parts.items()}, stage="B", step=done,
-                config=asdict(config), compressor_config=asdict(replace(
-                    preset, latent_mean=scale[0], latent_std=scale[1])),
-                model=untrained, ema=untrained, random=checkpoint.random_state(device)))
-        if saves or done % config.log_every == 0:
-            log.write(done, loss=value.item(), grad=grad.item(), **right)
-        if last:
-            break
-    log.finish(out, stop)
+        run.log(loss=value, grad=grad, **right)
+        if run.due("save"):
+            measured = semantic_compressor.measure(ema, settling)
+            run.save(model=untrained, ema=untrained, compressor_config=asdict(measured))
 
 
 def main():

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import stage_c  # noqa: E402
-from plumbing import checkpoint, cli, training  # noqa: E402
+from plumbing import cli, training  # noqa: E402
 from pocket import shapes  # noqa: E402
 
 CONFIG = replace(stage_c.PRESETS["pocket"], steps=2000, batch_size=128, lr=2e-3, cooldown=1000,
@@ -106,27 +106,22 @@ def loss(head, features, answers):
 
 def teach(config, out):
     """config: a stage_c.Config, whose steps, batch_size, lr and so on are used here."""
-    device, _, _ = training.setup(config.seed)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    device = training.setup(config.seed)
     encoder = data.text_encoder("pocket", device=device)
     encoder.tower.load_state_dict(data.random_text_weights(encoder.tower))
+    test = batch(range(1000), "heldout", device)
+
+    run = training.Run("text", config, out, device)
     ema = copy.deepcopy(encoder)
     layers = encoder.tower.transformer.requires_grad_(True)
     head = make_head(encoder.width).to(device)
     ema_head = copy.deepcopy(head).requires_grad_(False)
     parameters = [*layers.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95))
-    parts = dict(layers=layers, layers_ema=ema.tower.transformer, head=head, head_ema=ema_head,
-                 optimizer=optimizer)
-    state, start = checkpoint.resume(out / "checkpoint.pt", "text", config, device, 0, {}), 0
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        start = state["step"]
-    test = batch(range(1000), "heldout", device)
-    log, guard, stop = training.Log(out, config, start, 0, 1), training.NanGuard(), training.StopSignal()
-    for step in range(start, config.steps):
+    run.restore(layers=layers, layers_ema=ema.tower.transformer, head=head, head_ema=ema_head,
+                optimizer=optimizer)
+
+    for step in run.steps():
         first = step * config.batch_size                                  # every caption is new
         captions, answers = batch(range(first, first + config.batch_size), "train", device)
         features = end_of_text(encoder, captions)
@@ -136,29 +131,22 @@ def teach(config, out):
         grad = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate(step, config)
-        if not guard.is_bad(grad, step):
+        if run.finite(grad):
             optimizer.step()
             training.ema_update(ema.tower.transformer, layers, step, config.ema)
             training.ema_update(ema_head, head, step, config.ema)
-        done, last = step + 1, stop.now(device, 1) or step + 1 == config.steps
-        log.step(config.batch_size)
-        saves, right = done % config.save_every == 0 or last, {}
-        if saves:
+        right = {}
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             with torch.no_grad():
                 right = loss(ema_head, end_of_text(ema, test[0]), test[1])[1]
-            checkpoint.save_checkpoint(out / "checkpoint.pt", dict(
-                {name: part.state_dict() for name, part in parts.items()}, stage="text", step=done,
-                config=asdict(config), random=checkpoint.random_state(device)))
+        run.log(loss=value, grad=grad, **right)
+        if run.due("save"):
+            run.save()
             save_file({f"transformer.{name}": value.half().contiguous()
                        for name, value in ema.tower.transformer.state_dict().items()},
-                      out / "text.safetensors", {"format": "pt", "steps": str(done),
-                                                 "config": json.dumps(asdict(config)),
-                                                 "right on heldout": json.dumps(right)})
-        if saves or done % config.log_every == 0:
-            log.write(done, loss=value.item(), grad=grad.item(), **right)
-        if last:
-            break
-    log.finish(out, stop)
+                      run.out / "text.safetensors", {"format": "pt", "steps": str(run.step),
+                                                     "config": json.dumps(asdict(config)),
+                                                     "right on heldout": json.dumps(right)})
 
 
 def main():

@@ -12,6 +12,10 @@ from test_shapes import TINY_A, TINY_B, TINY_C
 from tests.common import command, make_tar, members_of
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out by `make test`, run by `make test-all`")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Each test draws the same numbers whichever tests ran before it."""

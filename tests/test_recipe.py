@@ -52,8 +52,8 @@ def test_recipe_at_pocket_size(chain, drawings, tmp_path):
     assert "CPU process-hours" in done.stdout
     done = command(*c, "--init-from", tmp_path / "c3/checkpoint.pt", "--out", tmp_path / "c4",
                    "--min-size", 128, "--checkpoint-activations")
-    runs = ",".join(str(tmp_path / name / "checkpoint.pt") for name in ("c3", "c4"))
-    command("stage_c.py", "--interpolate", runs, "--out", tmp_path / "stage_c")
+    command("-m", "tools.interpolate", *(tmp_path / name / "checkpoint.pt" for name in
+                                         ("c3", "c4")), "--out", tmp_path / "stage_c")
     one, two, middle = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["ema"]
                         for name in ("c3", "c4", "stage_c"))
     for name, value in middle.items():
@@ -81,7 +81,7 @@ def test_one_ratio_for_each_batch(shards):
 def test_cached_latents(chain, drawings, tmp_path):
     """Trained from cached latents, Stage C has the losses it has from images, sample by sample."""
     a, b = chain / "stage_a/checkpoint.pt", chain / "stage_b/checkpoint.pt"
-    arguments = ("semantic_compressor.py", "--data", drawings, "--weights", b, "--out",
+    arguments = ("-m", "tools.cache_latents", drawings, "--weights", b, "--out",
                  tmp_path / "latents")
     command(*arguments)
     dataset, images = data.CaptionedLatents(tmp_path / "latents"), data.CaptionedImages(drawings)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import semantic_compressor
 import stage_a
 import stage_b
 import stage_c
-from plumbing import checkpoint, training
+from plumbing import checkpoint, cli, training
 from plumbing.cli import UsageError
 from test_shapes import TINY_A, TINY_B, TINY_C
 from tests.common import HERE, command, flags, same, same_checkpoint
@@ -44,15 +45,17 @@ def test_learning_rate():
     assert [training.learning_rate(step, config) for step in (50, 75, 99)] == [1, 0.5, 0.02]
 
 
-def test_nan_guard():
-    """A step that is not finite is bad and counted; ten in a row end the run with a sentence."""
-    guard = training.NanGuard()
-    assert guard.is_bad(torch.tensor(float("nan")), 0) and not guard.is_bad(torch.tensor(1.0), 1)
-    for step in range(9):
-        assert guard.is_bad(torch.tensor(float("inf")), step)
-    assert guard.skipped == 10
+def test_steps_that_are_not_finite(tmp_path):
+    """Such a step is not taken, and counted; nothing is due; ten in a row end with a sentence."""
+    run = training.Run("C", replace(TINY_C, steps=100), tmp_path, torch.device("cpu"))
+    run.step = TINY_C.save_every
+    assert not run.finite(torch.tensor(float("nan"))) and not run.due("save")
+    assert run.finite(torch.tensor(1.0)) and run.due("save")
+    for _ in range(9):
+        assert not run.finite(torch.tensor(float("inf")))
+    assert run.skipped == 10
     with pytest.raises(UsageError, match="10 times in a row"):
-        guard.is_bad(torch.tensor(float("nan")), 9)
+        run.finite(torch.tensor(float("nan")))
 
 
 def test_loss_by_noise_level():
@@ -61,6 +64,21 @@ def test_loss_by_noise_level():
               (torch.tensor([1.0]), torch.tensor([7.0]))]
     levels = training.by_level(record)
     assert levels[0] == 2 and levels[2] == 5 and levels[3] == 7 and np.isnan(levels[1])
+
+
+def test_steps_have_their_own_random_numbers(tmp_path):
+    """A step's numbers follow from (seed, process, step): not from the steps drawn before it."""
+    def draws(out, steps, seed=0):
+        run = training.Run("C", replace(TINY_C, steps=5, seed=seed), out, torch.device("cpu"))
+        run.step, found = steps[0], {}
+        for step in run.steps():
+            found[step] = torch.rand(3).tolist()
+            run.log(loss=torch.zeros(()))
+        return found
+    whole, later = draws(tmp_path, (0,)), draws(tmp_path, (3,))
+    assert list(whole) == [0, 1, 2, 3, 4] and later == {3: whole[3], 4: whole[4]}
+    assert len({tuple(one) for one in whole.values()}) == 5, "two steps drew the same numbers"
+    assert draws(tmp_path, (0,), seed=1)[0] != whole[0]
 
 
 def test_checkpoint_errors(tmp_path):
@@ -90,38 +108,17 @@ def test_resuming_changes_nothing(stage, chain, drawings, tmp_path):
     assert steps == [1, 2, 3, 4]
 
 
-def test_sigkill(chain, drawings, tmp_path):
-    """A Stage C run killed with SIGKILL and started again equals one that was not, to the bit."""
-    config = replace(TINY_C, steps=30, save_every=5)
-    a, b = chain / "stage_a/checkpoint.pt", chain / "stage_b/checkpoint.pt"
-    stage_c.train(config, drawings, tmp_path / "whole", a, b)
-    arguments = ["stage_c.py", *flags(config, stage_c.PRESETS["pocket"]), "--data", drawings,
-                 "--stage-a", a, "--stage-b", b, "--out", tmp_path / "killed"]
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "killed/log.jsonl"
-    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 8):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    step = torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["step"]
-    assert 5 <= step < 30, "killed too late to test anything"
-    done = command(*arguments)
-    assert f"going on from {tmp_path}/killed/checkpoint.pt at step {step}" in done.stdout
-    same_checkpoint(tmp_path / "killed/checkpoint.pt", tmp_path / "whole/checkpoint.pt")
-
-
 KEYED = """
 import itertools, json, sys, zlib
 from dataclasses import replace
 import torch, stage_c
 steps, plain = itertools.count(1), stage_c.loss
-def keyed(model, x_0, text, record=None):        # randomness by (step, sample), not by process
+def keyed(model, x_0, text):                     # randomness by (step, sample), not by process
     step = next(steps)
     streams = [torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes()) + step)
                for row in x_0]
     t = torch.cat([torch.rand(1, generator=one) for one in streams])
-    return plain(model, x_0, text, t, stage_c.randn(x_0.shape, streams), record=record)
+    return plain(model, x_0, text, t, stage_c.randn(x_0.shape, streams))
 stage_c.loss = keyed
 stage_c.train(replace(stage_c.PRESETS["pocket"], **json.loads(sys.argv[1])), *sys.argv[2:])
 """
@@ -143,7 +140,7 @@ def test_two_processes_are_one_with_both_batches(chain, drawings, tmp_path):
         assert ("per process" in done.stdout) == (world == 2)
         logs.append([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()])
         states.append(torch.load(out / "checkpoint.pt", weights_only=True))
-    assert states[0]["position"] == states[1]["position"]
+    assert states[0]["batches"] == states[1]["batches"]
     for one, two in zip(*logs):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
     for name, value in states[0]["model"].items():
@@ -207,13 +204,17 @@ def test_help(file):
     assert ("Würstchen" in out) and ("--out" in out)
 
 
-def test_unknown_names_are_refused(chain, drawings, tmp_path):
-    """A name that Stage B does not know is refused with those that it knows."""
-    for name, known in (("head", "released or velocity"), ("condition", "raw or standardised"),
-                        ("compressor", "paper, released, pocket")):
-        with pytest.raises(UsageError, match=f"--{name} other: expected .*{known}"):
-            stage_b.train(replace(TINY_B, **{name: "other"}), drawings, tmp_path / "b",
-                          chain / "stage_a/checkpoint.pt")
+def test_unknown_names_are_refused(chain, drawings, tmp_path, capsys):
+    """A name that a stage does not know is refused with those that it knows."""
+    for module, flag in ((stage_b, "--condition"), (stage_b, "--prediction"), (stage_c, "--p2"),
+                         (stage_a, "--perceptual")):
+        with pytest.raises(SystemExit):
+            cli.parse(module.Config, module.PRESETS, "", [flag, "other"])
+        assert re.search(f"argument {flag}: invalid choice: 'other' .choose from .*released|vgg16",
+                         capsys.readouterr().err)
+    with pytest.raises(UsageError, match="--compressor other: expected .*paper, released, pocket"):
+        stage_b.train(replace(TINY_B, compressor="other"), drawings, tmp_path / "b",
+                      chain / "stage_a/checkpoint.pt")
 
 
 def test_missing_stage_is_explained(drawings, tmp_path):

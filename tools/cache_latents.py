@@ -1,0 +1,99 @@
+"""The Semantic Compressor's latents, computed once and kept: Stage C trains faster from them.
+
+    python -m tools.cache_latents shards/ --weights runs/paper/stage_b/checkpoint.pt \\
+        --image-size 1024 --out latents/
+    python stage_c.py --data latents/ --preset paper-2 …
+
+Captions and .json are kept, images are not. Stopped and started again, it goes on with the shards
+that are missing.
+"""
+
+import argparse
+import io
+import json
+import os
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import semantic_compressor
+from plumbing import checkpoint, cli, training
+
+
+@torch.no_grad()
+def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_shard=1000):
+    """Shards of images -> shards of latents: KEY.npy, float16 (16, h, w), standardised.
+
+    weights: a checkpoint with the compressor. image_size: side of Stage A's image in pixels; None:
+    as in that checkpoint. Captions and .json are kept. Finished shards are not made again.
+    """
+    device = training.setup(0)
+    compressor = semantic_compressor.load(weights, device)
+    if image_size is None:
+        state = checkpoint.load_checkpoint(weights, "compressor")
+        image_size = state.get("config", {}).get("image_size")
+    if not image_size or image_size % 128:
+        raise cli.UsageError(f"--image-size {image_size}: expected a multiple of 128")
+    dataset = data.CaptionedImages(source, resize=image_size, crop=image_size, center=True)
+    settings = {"compressor": checkpoint.checksum(compressor.state_dict()),
+                "image_size": image_size, "source": os.path.abspath(source),
+                "samples": len(dataset), "per_shard": per_shard}
+    os.makedirs(out, exist_ok=True)
+    note = os.path.join(out, "latents.json")
+    if os.path.isfile(note):
+        with open(note, encoding="utf-8") as file:
+            found = json.load(file)
+        differ = [name for name in settings if settings[name] != found.get(name)]
+        if differ:
+            raise cli.UsageError(f"{out}: holds latents made with another {' and '.join(differ)}; "
+                                 "give a new folder")
+    elif os.listdir(out):
+        raise cli.UsageError(f"{out}: holds other files; expected a new folder")
+    with open(f"{note}.tmp", "w", encoding="utf-8") as file:
+        json.dump(settings, file)
+    os.replace(f"{note}.tmp", note)
+    failures = data.Failures(dataset)
+    with tqdm(total=len(dataset), desc="latents", unit="img") as bar:
+        for number, first in enumerate(range(0, len(dataset), per_shard)):
+            path = os.path.join(out, f"{number:05d}.tar")
+            indices = range(first, min(first + per_shard, len(dataset)))
+            if os.path.exists(path):
+                bar.update(len(indices))
+                continue
+            samples = []
+            for _, batch in data.once(dataset, indices, batch_size, workers):
+                failures.note(batch)
+                bar.update(len(batch["keys"]) + len(batch["failed"]))
+                if not batch["keys"]:
+                    continue
+                images = semantic_compressor.resize(batch["images"].to(device))
+                latents = compressor.standardise(compressor(images))      # (B, 16, h, w)
+                latents = latents.half().cpu().numpy()
+                for index, latent in zip(batch["indices"], latents):
+                    array, meta = io.BytesIO(), dataset.meta(index)
+                    np.save(array, latent)
+                    samples.append((f"{number:05d}{len(samples):04d}", {
+                        "npy": array.getvalue(), "txt": dataset.caption(index).encode(),
+                        "json": json.dumps({**meta, "source": dataset.key(index)}).encode()}))
+            if samples:
+                data.write_tar(path, samples)
+    print(f"{out}: latents of {len(dataset) - sum(failures.counts.values()):,} images at "
+          f"{image_size} px; train on them with: python stage_c.py --data {out} …")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="shards or a folder of captioned images")
+    parser.add_argument("--weights", required=True, help="Stage B checkpoint with the compressor")
+    parser.add_argument("--out", required=True, help="folder for the shards of latents")
+    parser.add_argument("--image-size", type=int, help="side of Stage A's image (as in Stage B)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2)
+    cache(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    cli.start(main)
