@@ -1,0 +1,3 @@
+"""The limits that tests assert, in one place."""
+
+README_LINES = 250
