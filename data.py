@@ -28,6 +28,7 @@ counted by reason and named; a source that is mostly unreadable stops the run.
 
 import argparse
 import collections
+import copy
 import functools
 import glob
 import hashlib
@@ -684,6 +685,14 @@ def stream(dataset, batch_size, seed=0, position=(0, 0), rank=0, world=1, worker
             yield {**_finish(batch), "position": batches.after(taken)}
 
 
+def preview_batch(dataset, n, device="cpu"):
+    """The first n samples of the dataset's stream as a batch, each the middle of its image."""
+    centred = copy.copy(dataset)
+    centred.center = True
+    batch = next(stream(centred, n, dataset.seed))
+    return {**batch, "images": batch["images"].to(device)}
+
+
 class Stream:
     """stream() with a position that a checkpoint keeps: has state_dict() and load_state_dict().
 
@@ -698,7 +707,7 @@ class Stream:
         return self
 
     def __next__(self):
-        if self.batches is None:                              # not before a checkpoint could be read
+        if self.batches is None:                          # not before a checkpoint could be read
             ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
             workers = 0 if isinstance(self.dataset, Memory) else self.config.workers
             self.batches = stream(self.dataset, self.config.batch_size, self.config.seed,

@@ -12,7 +12,9 @@ target; at sampling time it is gone, because Stage C has taken its place.
 §3.1 says 786 px for the input: a misprint for 768, as E.2 and E.3 have it (786 would give 25x25).
 
 Raw and standardised: the network's output is raw; standardised = (raw - mean) / std has mean 0 and
-standard deviation 1 and is what Stage C draws. The released weights need (mean, std) = (-1, 42).
+standard deviation 1 and is what Stage C draws. Unit variance matters: the noise that Stage B gets
+on it and Stage C's schedule both assume it; at a deviation of 1/42 the signal-to-noise ratio would
+be off by 42^2. The released weights need (mean, std) = (-1, 42).
 
 Letters: B batch, H W height and width of the image given to Stage A.
 Attribute names (`backbone`, `mapper`) are those of the published weights (dome272/Wuerstchen).
@@ -94,6 +96,11 @@ class SemanticCompressor(nn.Module):
         std = images.new_tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
         return self.mapper(self.backbone((images - mean) / std))          # (B, 16, h, w)
 
+    @property
+    def scale(self):
+        """(mean, standard deviation) of its raw latents."""
+        return self.config.latent_mean, self.config.latent_std
+
     def standardise(self, latents):
         """Raw latents -> mean 0, standard deviation 1: what Stage C draws."""
         return (latents - self.config.latent_mean) / self.config.latent_std
@@ -153,17 +160,28 @@ def measure(model, images, settled=False):
 from plumbing import checkpoint, cli
 
 
-def new(preset, imagenet, device="cpu"):
-    """A compressor to train; with imagenet it has ImageNet's weights (§3.1) if its preset says so.
+def new(preset, weights=None, trained=True, device="cpu"):
+    """A compressor to train, with ImageNet's weights (§3.1) where the preset says so.
 
-    preset: a name in PRESETS. Raises UsageError.
+    preset: a name in PRESETS. weights: a Stage B checkpoint that holds one to go on with.
+    trained: False freezes it, which takes weights. Raises UsageError.
     """
     if preset not in PRESETS:
         raise cli.UsageError(f"--compressor {preset}: expected one of {', '.join(PRESETS)}")
     model = SemanticCompressor(PRESETS[preset])
-    if imagenet and model.config.imagenet:
+    if weights:
+        found = load(weights)
+        if found.config.backbone != model.config.backbone:
+            raise cli.UsageError(f"{weights}: its compressor has the backbone "
+                                 f"{found.config.backbone}, expected {model.config.backbone}, as "
+                                 f"--compressor {preset} has it")
+        model = found
+    elif not trained:
+        raise cli.UsageError("--compressor-share 0 leaves the compressor as it is: give the "
+                             "checkpoint with a trained one as --init-from")
+    elif model.config.imagenet:
         imagenet_weights(model)
-    return model.to(device).train()
+    return model.to(device).train(trained).requires_grad_(trained)
 
 
 def imagenet_weights(model):
@@ -172,7 +190,7 @@ def imagenet_weights(model):
         state = tv.EfficientNet_V2_S_Weights.DEFAULT.get_state_dict(progress=True)
     except OSError as error:                                              # URLError is an OSError
         raise cli.UsageError(
-            f"the ImageNet weights of EfficientNetV2-S could not be downloaded ({error}); go online "
+            f"the ImageNet weights of EfficientNetV2-S cannot be downloaded ({error}); go online "
             "once, or put efficientnet_v2_s-dd5fe13b.pth into ~/.cache/torch/hub/checkpoints/"
         ) from None
     prefix = "features."

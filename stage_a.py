@@ -57,10 +57,11 @@ class Config:
     # data
     resize: int = 256                  # paper, E.1
     crop: int = 128                    # paper, E.1
-    min_size: int = 0                  # filters by the .json of each sample (data.py): these four
-    min_aesthetic: float = 0.0         # values let all pass; README: the released scripts'
-    max_pwatermark: float = 1.0
-    max_punsafe: float = 1.0
+    # filters by what the .json of a sample says (data.py); these values let all pass
+    min_size: int = 0                  # shorter side of the original in pixels, at least
+    min_aesthetic: float = 0.0         # LAION's aesthetic score, at least
+    max_pwatermark: float = 1.0        # LAION's probability of a watermark, at most
+    max_punsafe: float = 1.0           # LAION's probability of not being safe for work, at most
     # training
     steps: int = 500_000               # paper, E.1
     batch_size: int = 256              # paper, E.1
@@ -131,7 +132,8 @@ class VectorQuantizer(nn.Module):
         # under autocast: distances from bf16 pick another code for one vector in seven.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             indices = torch.cat([
-                torch.cdist(rows.float(), codes, compute_mode="donot_use_mm_for_euclid_dist")
+                torch.cdist(rows.float(), codes.float(),
+                            compute_mode="donot_use_mm_for_euclid_dist")
                 .argmin(1) for rows in x.flatten(0, 2).split(32_768)])    # (n, K) -> (n,)
             indices = indices.view(x.shape[:3])                           # (B, h, w)
         quantised = self.embedding(indices).permute(0, 3, 1, 2)           # (B, C, h, w)
@@ -308,10 +310,9 @@ from plumbing import checkpoint, cli, pictures, training
 def train(config, source, out):
     """Train on images (captions are not used). Goes on by itself if `out` holds a run."""
     device = training.setup(config.seed)
-    options = dict(resize=config.resize, crop=config.crop, filters=data.filters(config))
-    dataset = data.CaptionedImages(source, seed=config.seed, **options)
-    first = data.CaptionedImages(source, center=True, report=False, **options)
-    fixed = next(data.stream(first, 128, config.seed))["images"].to(device)    # preview, scale
+    dataset = data.CaptionedImages(source, resize=config.resize, crop=config.crop, seed=config.seed,
+                                   filters=data.filters(config))
+    fixed = data.preview_batch(dataset, 128, device)["images"]            # also measures the scale
 
     run = training.Run("A", config, out, device, samples=len(dataset))
     model = training.synchronised(StageA(config).to(device).train())
@@ -364,8 +365,8 @@ def train(config, source, out):
             if adversarial:
                 optimizer_d.step()
         # log, codebook
-        run.log(loss=value, mse=found["mse"], grad=grads[0], lr=lr, codes_used=usage.used.float().mean(),
-                psnr=pictures.psnr(found["decoded"], images))
+        run.log(loss=value, mse=found["mse"], grad=grads[0], lr=lr,
+                psnr=pictures.psnr(found["decoded"], images), codes_used=usage.used.float().mean())
         if run.step % config.revive_every == 0:
             revive(usage, model, found["latents"])
             usage.used.zero_()

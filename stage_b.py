@@ -75,10 +75,11 @@ class Config:
     compressor: str = "paper"          # which of semantic_compressor.PRESETS is trained along
     image_size: int = 512              # paper, E.2, first phase
     remember: bool = False             # encode each image and caption once and keep them in memory
-    min_size: int = 0                  # filters by the .json of each sample (data.py): these four
-    min_aesthetic: float = 0.0         # values let all pass; README: the released scripts'
-    max_pwatermark: float = 1.0
-    max_punsafe: float = 1.0
+    # filters by what the .json of a sample says (data.py); these values let all pass
+    min_size: int = 0                  # shorter side of the original in pixels, at least
+    min_aesthetic: float = 0.0         # LAION's aesthetic score, at least
+    max_pwatermark: float = 1.0        # LAION's probability of a watermark, at most
+    max_punsafe: float = 1.0           # LAION's probability of not being safe for work, at most
     # training
     steps: int = 457_000               # paper, E.2, first phase
     batch_size: int = 16               # ours: 16 x 32 is the 512 of E.2; what fits: unmeasured
@@ -168,9 +169,9 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class GlobalResponseNorm(nn.Module):
-    """Channels compete by their energy over the whole grid (ConvNeXt V2, Woo et al., 2023).
+    """Scale each channel by its norm over the grid, divided by the mean norm of all channels.
 
-    (B, h, w, C), channels last. The identity at init.
+    (B, h, w, C), channels last. The identity at init (ConvNeXt V2, Woo et al., 2023).
     """
 
     def __init__(self, c):
@@ -435,16 +436,21 @@ class StageB(nn.Module):
 
 # ---- loss ----------------------------------------------------------------------------------------
 
-def drop_and_noise(sem, text, null_text, config, mean=0.0, std=1.0):
+def drop_and_noise(sem, text, null_text, config, scale=None):
     """Make the conditions imperfect, each sample by itself, as sampling will find them (§3.1).
 
     5 % lose both (the unconditional branch of guidance), 5 % the text, 5 % sem; of the rest, 30 %
     get sem noised to a level t ~ U(0, 0.5), because Stage C's latents will not be perfect. The
     model is not told the level. (pocket: 2, 50, 2 and 10 %)
-    sem: (B, 16, h, w) standardised. mean, std: the scale Stage B reads, (-1, 42) for released
-    weights. null_text: (1, L, E), tokens of the empty caption. Returns (sem, text).
+    sem: (B, 16, h, w), raw. null_text: (1, L, E), tokens of the empty caption. scale: (mean, std)
+    of sem; None: the batch's own, because those of a compressor that trains move. Returns sem on
+    the scale that Stage B reads (standardised, or raw as released), and text.
     """
     n, device = len(sem), sem.device
+    mean, std = scale or (sem.detach().mean(), sem.detach().std())
+    sem = (sem - mean) / std                            # unit variance: the noise has a known size
+    if config.condition == "standardised":
+        mean, std = 0.0, 1.0
     u = torch.rand(n, 1, 1, device=device)
     to_both, to_text = config.drop_both, config.drop_both + config.drop_text
     to_sem = to_text + config.drop_sem                  # u: [ both | text | sem | nothing dropped ]
@@ -489,10 +495,12 @@ def ddpm_sample(model, shape, sem, text, null_sem, null_text, steps=12, guidance
     """Draw standardised Stage A latents: DDPM (Ho et al., 2020), §3.3, on evenly spaced t.
 
     shape: (B, 4, H, W). sem: (B, 16, h, w); null_sem: like it, zeros. text: (B, L, E); null_text:
-    (1, L, E) or (B, L, E). steps: 12 (§4). guidance: eps_hat = null + guidance * (conditional -
-    null): 4 (§4), 1 is conditional, 0 unconditional; null has both conditions dropped.
-    x: the start at t = 1: the paper takes random codebook tokens (StageA.random_tokens), the
-    released code noise, which is drawn if None. generator: a torch.Generator, or a list of one per
+    (1, L, E) or (B, L, E). steps: 12 (§4). guidance: classifier-free (Ho & Salimans, 2022), eps_hat
+    = null + guidance * (conditional - null): 4 (§4), 1 is conditional, 0 unconditional; null has
+    both conditions dropped, as for some samples in training.
+    x: the start at t = 1: the paper takes random codebook tokens (StageA.random_tokens), which have
+    the values of latents and no more structure than noise; the released code noise, which is drawn
+    if None. generator: a torch.Generator, or a list of one per
     sample. history: a list that receives x after each step.
     """
     device = next(model.parameters()).device
@@ -539,49 +547,43 @@ def train(config, source, out, path_a, clip=None, init_from=None):
     vqgan = stage_a.load(path_a, device)
     encoder = data.text_encoder(config.text_encoder, clip, device, config.text_width)
     null_text = encoder([""])                                             # (1, L, E)
-    options = dict(resize=config.image_size, crop=config.image_size, filters=data.filters(config))
-    dataset = data.CaptionedImages(source, seed=config.seed, center=config.remember, **options)
-    first = data.CaptionedImages(source, center=True, report=False, **options)
+    dataset = data.CaptionedImages(source, resize=config.image_size, crop=config.image_size,
+                                   seed=config.seed, center=config.remember,
+                                   filters=data.filters(config))
     # images to preview and to measure BatchNorm on: 64 of 1024 px, at most 256 of smaller ones
-    fixed = next(data.stream(first, min(256, 2 ** 26 // config.image_size ** 2), config.seed))
-    fixed["images"] = fixed["images"].to(device)
+    fixed = data.preview_batch(dataset, min(256, 2 ** 26 // config.image_size ** 2), device)
     settling = semantic_compressor.resize(fixed["images"])
 
     run = training.Run("B", config, out, device, init_from, samples=len(dataset),
                        stage_a=checkpoint.checksum(vqgan.state_dict()),
                        text_encoder=dict(name=encoder.name, checksum=encoder.checksum))
     trained = config.compressor_share > 0                  # else it stays as --init-from gave it
-    compressor = semantic_compressor.new(config.compressor, run.new and not init_from, device)
+    compressor = semantic_compressor.new(
+        config.compressor, init_from if run.new else run.out / "checkpoint.pt", trained, device)
     model = StageB(config).to(device).train()
     if init_from and run.new:                                             # weights, nothing else
         model.load_state_dict(load(init_from).state_dict())
-        compressor.load_state_dict(semantic_compressor.load(init_from).state_dict())
-    elif run.new and not trained:
-        raise cli.UsageError("--compressor-share 0 leaves the compressor as it is: give the "
-                             "checkpoint with a trained one as --init-from")
     ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False)
                            for net in (model, compressor))
     # After its average was copied: that one is measured by the first process alone (`settle`).
-    compressor = training.synchronised(compressor).requires_grad_(trained)
-    parameters = [*model.parameters(), *(compressor.parameters() if trained else ())]
+    compressor = training.synchronised(compressor)
     optimizer = torch.optim.AdamW(
         [dict(params=model.parameters(), share=1.0),
          dict(params=compressor.parameters(), share=config.compressor_share)],     # of lr
         lr=config.lr, betas=(0.9, 0.95), fused=True)                      # betas: official code
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
 
     @torch.no_grad()
     def targets(batch):
-        """-> x_0 (B, 4, H, W), the compressor's input (B, 3, 3H/4, 3W/4), text (B, L, E).
-
-        In place of its input the output (B, 16, h, w) of a compressor that is not trained.
-        """
+        """-> x_0 (B, 4, H, W), text (B, L, E), images for the compressor; if frozen, its sem."""
         if "remembered" in batch:
             return [part.to(device) for part in batch["remembered"]]
         images = batch["images"].to(device)
-        small = semantic_compressor.resize(images)
-        return (vqgan.standardise(vqgan.encode(images)),
-                small if trained else compressor_ema(small), encoder(batch["captions"]))
+        small = semantic_compressor.resize(images)                        # (B, 3, 3H/4, 3W/4)
+        return (vqgan.standardise(vqgan.encode(images)), encoder(batch["captions"]),
+                small if trained else compressor_ema(small))
 
+    scale = None if trained else compressor.scale          # trained: each batch has its own
     batches = data.Stream(dataset, config)
     run.restore(model=model, ema=ema, compressor=compressor, compressor_ema=compressor_ema,
                 optimizer=optimizer, batches=batches)
@@ -592,26 +594,21 @@ def train(config, source, out, path_a, clip=None, init_from=None):
         if training.world() == 1:                                     # synchronised norms: eagerly
             compressor.compile()
 
-    freeze = config.steps - config.cooldown if config.cooldown else None
+    # While the learning rate decays (pocket), the compressor's BatchNorm keeps its statistics:
+    # those of small batches vary, and Stage B gets used to the latents that sampling will have.
+    freeze = config.steps - training.cooldown(config)
     for step in run.steps():
         optimizer.zero_grad(set_to_none=True)
-        # While the learning rate decays (pocket), the compressor's BatchNorm keeps its statistics:
-        # those of small batches vary, and Stage B gets used to the latents that sampling will have.
-        if step == freeze and trained:
+        if trained and step == freeze:
             semantic_compressor.settle(compressor, settling)
-        frozen = not trained or (freeze is not None and step >= freeze)
-        compressor.train(not frozen)
+        compressor.train(trained and step < freeze)
         for _ in range(config.accumulate):
             # batch, targets
-            x_0, images, text = targets(next(batches))
+            x_0, text, images = targets(next(batches))
             # loss
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 sem = (compressor(images) if trained else images).float()  # (B, 16, h, w), raw
-                # Standardised with the batch's own scale, so that the noise on it has a known size.
-                # (After a BatchNorm without affine parameters that is about 0 and 1 anyway.)
-                mean, std = sem.detach().mean(), sem.detach().std()
-                scale = (mean, std) if config.condition == "raw" else (0.0, 1.0)
-                sem, text = drop_and_noise((sem - mean) / std, text, null_text, config, *scale)
+                sem, text = drop_and_noise(sem, text, null_text, config, scale)
                 value, t, error = loss(model, x_0, sem, text)
             run.note(t, error)
             # backward
@@ -632,7 +629,8 @@ def train(config, source, out, path_a, clip=None, init_from=None):
         # log, preview, checkpoint
         run.log(loss=value, grad=grad, lr=lr)
         if run.due("preview") or run.due("save"):
-            measured = semantic_compressor.measure(compressor_ema, settling, settled=frozen)
+            measured = (semantic_compressor.measure(compressor_ema, settling, step >= freeze)
+                        if trained else compressor_ema.config)
         if run.due("preview"):
             preview(ema, compressor_ema, measured, vqgan, encoder, fixed, run.preview)
         if run.due("save"):

@@ -245,7 +245,7 @@ def test_stage_b_weight():
         def forward(self, x_t, t, sem, text):
             return torch.zeros_like(x_t)
     model, x_0, t = Fixed(), torch.zeros(3, 4, 4, 4), torch.tensor([0.05, 0.5, 0.99])
-    assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0))[0], torch.tensor(1.0))
+    assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0))[0], torch.ones(()))
     model.config = replace(TINY_B, weight_cap=20.0, weight_floor=0.5)
     expected = torch.tensor((0.5 + 0.5060 / 0.4940 + 20) / 3)     # a is 0.494 at t = .5
     assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0))[0], expected,
@@ -436,15 +436,19 @@ def test_drop_and_noise():
     torch.manual_seed(0)
     n = 20_000
     sem, text, null = torch.ones(n, 1, 1, 1), torch.ones(n, 1, 1), torch.zeros(1, 1, 1)
-    out, words = stage_b.drop_and_noise(sem, text, null, stage_b.PRESETS["paper"])
+    paper = stage_b.PRESETS["paper"]
+    out, words = stage_b.drop_and_noise(sem, text, null, paper, (0.0, 1.0))
     no_sem, no_text = (out == 0).flatten(), (words == 0).flatten()
     noised = ~no_sem & (out != 1).flatten()
     shares = [no_sem & no_text, no_text & ~no_sem, no_sem & ~no_text, noised, noised & no_text]
     assert_close(torch.tensor([share.float().mean() for share in shares]),
                  torch.tensor([0.05, 0.05, 0.05, 0.85 * 0.3, 0.0]), atol=0.006, rtol=0)
     clean = replace(stage_b.PRESETS["released"], noise_sem=0.0)
-    out, _ = stage_b.drop_and_noise(sem, text, null, clean, mean=-1.0, std=42.0)
+    out, _ = stage_b.drop_and_noise(42 * sem - 1, text, null, clean, (-1.0, 42.0))
     assert set(out.unique().tolist()) == {0.0, 41.0}
+    out, _ = stage_b.drop_and_noise(5 + 3 * torch.randn(n, 1, 1, 1), text, null, paper)
+    kept = out[out != 0]                                # without a scale: the batch's own
+    assert abs(kept.mean()) < 0.02 and abs(kept.std() - 1) < 0.02
 
 
 def test_drop_text():

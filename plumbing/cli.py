@@ -25,9 +25,10 @@ def parse(Config, presets, doc, argv=None, preset="paper", **paths):
     the preset's name). A tuple is given with commas: `--widths 48,96`; a Literal has choices. The
     comment of a field, its meaning and source, is its help.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
-    parser.add_argument("--preset", choices=list(presets), default=preset,
-                        help=f"a named set of all that follows (default {preset})")
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0] + " The top of the file "
+                                     "says more.", formatter_class=Help, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(presets), default=preset, metavar="NAME",
+                        help=f"a set of all that follows: {', '.join(presets)} ({preset})")
     for name, (default, text) in paths.items():
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=text)
     comments = field_comments(Config)
@@ -38,7 +39,7 @@ def parse(Config, presets, doc, argv=None, preset="paper", **paths):
         if get_origin(field.type) is Literal:
             parser.add_argument(flag, choices=get_args(field.type), **options)
         elif isinstance(value, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, metavar="", **options)
         elif isinstance(value, tuple):
             parser.add_argument(flag, type=tuple_of(type((*value, "")[0])), metavar="A,B,…",
                                 **options)
@@ -58,7 +59,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """One line for each option where it fits: a wide help column."""
 
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=160)
+        super().__init__(prog, max_help_position=32, width=160)
 
     def add_usage(self, usage, actions, groups, prefix=None):
         """The list of options says it all."""
@@ -75,11 +76,12 @@ def field_comments(Config):
 
 
 def describe(name, presets, preset, comment):
-    """"paper, E.3. 1280; released 1536, pocket 192": source, default, and where presets differ."""
+    """"paper, E.3 (1280; released 1536, pocket 192)": source, default, where presets differ."""
     value = getattr(presets[preset], name)
     others = ", ".join(f"{key} {show(getattr(one, name))}" for key, one in presets.items()
                        if getattr(one, name) != value)
-    text = f"{comment}{'. ' if comment else ''}{show(value)}{'; ' if others else ''}{others}"
+    values = f"{show(value)}{'; ' if others else ''}{others}"
+    text = f"{comment} ({values})" if comment else values
     return text.replace("%", "%%")
 
 

@@ -96,10 +96,18 @@ def agree(flags, tensor):
 
 # ---- inside the loop -----------------------------------------------------------------------------
 
+def cooldown(config):
+    """The steps at the end over which the learning rate decays: at most the second half of a run.
+
+    So a run that is given fewer --steps than its preset still trains at the full rate first.
+    """
+    return min(config.cooldown, config.steps // 2)
+
+
 def learning_rate(step, config):
-    """config.lr with a linear warm-up and, over the last config.cooldown steps, a linear decay."""
+    """config.lr with a linear warm-up and, over the last steps, see `cooldown`, a linear decay."""
     return config.lr * min(1.0, (step + 1) / max(config.warmup, 1),
-                           (config.steps - step) / max(config.cooldown, 1))
+                           (config.steps - step) / max(cooldown(config), 1))
 
 
 @torch.no_grad()
@@ -285,7 +293,7 @@ class Run:
         tqdm.write(f"step {self.step}  loss {numbers['loss']:.4f}{f'  [t<{bins}]' * bool(bins)}"
                    f"{rest}  {rate:.0f} img/s{each}  {span(hours)} left")
         sys.stdout.flush()
-        with open(self.out / "log.jsonl", "a") as file:       # NaN is not JSON: an empty bin is null
+        with open(self.out / "log.jsonl", "a") as file:       # NaN is no JSON: an empty bin is null
             file.write(json.dumps({"step": self.step, **numbers}).replace("NaN", "null") + "\n")
 
     def due(self, what):

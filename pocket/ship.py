@@ -70,7 +70,8 @@ def measure(chain, n=64):
     captions = [shapes.caption(scene) for scene in scenes]
     sem = chain.compressor.standardise(chain.compressor(semantic_compressor.resize(images)))
     drawn = sample.draw_images(chain, sem, captions, range(n), guidance=1.0)
-    return dict(psnr_a=round(float(pictures.psnr(chain.a.decode(chain.a.encode(images)), images)), 2),
+    by_a = chain.a.decode(chain.a.encode(images))
+    return dict(psnr_a=round(float(pictures.psnr(by_a, images)), 2),
                 psnr_compressor_b_a=round(float(pictures.psnr(drawn, images)), 2),
                 on=f"{n} held-out drawings, 12 steps, guidance 1")
 

@@ -197,13 +197,6 @@ def test_checkpoint_keeps_the_scale(chain):
     assert not any("latent" in key for key in {**a.state_dict(), **compressor.state_dict()})
 
 
-@pytest.mark.parametrize("file", ["stage_a.py", "stage_b.py", "stage_c.py", "sample.py"])
-def test_help(file):
-    """--help prints the docstring and every setting."""
-    out = command(file, "--help").stdout
-    assert ("Würstchen" in out) and ("--out" in out)
-
-
 def test_unknown_names_are_refused(chain, drawings, tmp_path, capsys):
     """A name that a stage does not know is refused with those that it knows."""
     for module, flag in ((stage_b, "--condition"), (stage_b, "--prediction"), (stage_c, "--p2"),
