@@ -537,6 +537,7 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
     import semantic_compressor
     import stage_a
     from plumbing import checkpoint, training
+    from plumbing.text import text_encoder
 
     device, rank, world = training.setup(config.seed)
     out = Path(out)
@@ -556,7 +557,7 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
         if found not in known:
             raise UsageError(f"--{name} {found}: expected {' or '.join(known)}")
     vqgan = stage_a.load(stage_a_path, device)
-    encoder = data.text_encoder(config.text_encoder, clip, device)
+    encoder = text_encoder(config.text_encoder, clip, device)
     if encoder.width != config.text_width:
         raise UsageError(f"--text-encoder {encoder.name} gives tokens {encoder.width} wide, "
                               f"expected --text-width {config.text_width}")

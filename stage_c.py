@@ -433,6 +433,7 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
     import data
     import semantic_compressor
     from plumbing import checkpoint, training
+    from plumbing.text import text_encoder
 
     device, rank, world = training.setup(config.seed)
     out = Path(out)
@@ -440,7 +441,7 @@ def train(config, source, out, stage_a, stage_b, clip=None, init_from=None):
                  "train it with `python stage_b.py --data …`, or name it with --stage-b. It also "
                  f"needs the text encoder {config.text_encoder} (the hub's, or --clip PATH)")
     compressor = semantic_compressor.load(stage_b, device)
-    encoder = data.text_encoder(config.text_encoder, clip, device)
+    encoder = text_encoder(config.text_encoder, clip, device)
     if config.p2 not in ("paper", "released", "none"):
         raise UsageError(f"--p2 {config.p2}: expected paper, released or none")
     if encoder.width != config.text_width:

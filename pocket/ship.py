@@ -55,7 +55,7 @@ def provenance(state, preset, stage):
     if config.get("compressor_share") == 0:
         flags.append("--init-from runs/pocket/taught/checkpoint.pt")
     return dict(command=" ".join([f"python stage_{stage}.py --preset pocket", *flags]),
-                steps=state["step"], samples=state["samples"], data="data.py shapes, seed 0",
+                steps=state["step"], samples=state["samples"], data="pocket/shapes.py, seed 0",
                 seed=config["seed"], date=date.today().isoformat(),
                 machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, "
                         f"torch {torch.__version__.partition('+')[0]}")

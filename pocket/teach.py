@@ -39,7 +39,7 @@ from plumbing import checkpoint, cli, training  # noqa: E402
 from pocket import shapes  # noqa: E402
 
 CONFIG = replace(stage_b.PRESETS["pocket"], steps=3000, lr=2e-3, cooldown=1200, save_every=200)
-SEED = 1                                       # of the drawings; data.py shapes, for Stage B, has 0
+SEED = 1                                       # of the drawings; pocket/shapes.py for Stage B, has 0
 NOISE = 0.3                                    # on latents whose channels have unit variance
 GRID = 3                                       # cells of the latent along a side
 NAMES = {"there": [False, True], "background": list(shapes.BACKGROUNDS),

@@ -12,7 +12,7 @@ captions of the drawings can teach it, without any picture:
     left or upper one first, whatever the caption begins with: colour, shape and size
 
 Only the two transformer layers learn; the 49,408 token embeddings, drawn from a fixed seed
-(data.random_text_weights), stay. The head is not needed afterwards.
+(random_text_weights), stay. The head is not needed afterwards.
 
 Leaves the layers' average in OUT/text.safetensors (float16). `cp` that to pocket/ and every
 training reads it from there; Stages B and C before it do not fit then and say so. Stopped and
@@ -35,9 +35,8 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402
 import stage_c  # noqa: E402
-from plumbing import checkpoint, cli, training  # noqa: E402
+from plumbing import checkpoint, cli, text, training  # noqa: E402
 from pocket import shapes  # noqa: E402
 
 CONFIG = replace(stage_c.PRESETS["pocket"], steps=2000, batch_size=128, lr=2e-3, cooldown=1000,
@@ -109,8 +108,8 @@ def teach(config, out):
     device, _, _ = training.setup(config.seed)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    encoder = data.text_encoder("pocket", device=device)
-    encoder.tower.load_state_dict(data.random_text_weights(encoder.tower))
+    encoder = text.text_encoder("pocket", device=device)
+    encoder.tower.load_state_dict(text.random_text_weights(encoder.tower))
     ema = copy.deepcopy(encoder)
     layers = encoder.tower.transformer.requires_grad_(True)
     head = make_head(encoder.width).to(device)
