@@ -383,7 +383,7 @@ def source(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser("python -m pocket.shapes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the shards")
     parser.add_argument("--count", type=int, default=20_000, help="drawings (default %(default)s)")

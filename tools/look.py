@@ -92,7 +92,7 @@ def thumbnail(image):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser("python -m tools.look", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="+", help="folder, tar, or quoted pattern")
     parser.add_argument("--out", default="look.png", help="contact sheet (default: %(default)s)")

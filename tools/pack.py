@@ -73,7 +73,7 @@ def pack(folder, out, per_shard=1000):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser("python -m tools.pack", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="images with NAME.txt, or with metadata.jsonl")
     parser.add_argument("--out", required=True, help="new folder for the shards")
