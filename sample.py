@@ -32,7 +32,7 @@ import stage_a
 import stage_b
 import stage_c
 from plumbing.cli import UsageError
-from plumbing import checkpoint, cli, pictures, training
+from plumbing import checkpoint, cli, pictures, text, training
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -74,11 +74,12 @@ def find(folder, needed="abc"):
 def download():
     """The published weights (Würstchen v2) from the hub: {"a": path, …}. About 12.5 GB, once."""
     import huggingface_hub
+    from published import hub
     patterns = ["*/*.json", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
     roots = {}
     for name in ("wuerstchen", "wuerstchen-prior"):
         try:
-            data.check_hub()
+            hub.check_hub()
             roots[name] = huggingface_hub.snapshot_download(
                 f"warp-ai/{name}", allow_patterns=patterns)
         except (OSError, ValueError) as offline:                          # HfHubHTTPError is one
@@ -107,15 +108,15 @@ class Chain:
     c: stage_c.StageC
     compressor: semantic_compressor.SemanticCompressor    # None: not among the weights
     scale: tuple                                          # (mean, std) of its raw latents
-    text_b: data.TextEncoder
-    text_c: data.TextEncoder
+    text_b: text.TextEncoder
+    text_c: text.TextEncoder
 
 
 def load_chain(a, b, c=None, compressor=None, text_b=None, text_c=None, clip=None, device="cpu"):
     """Load the stages and the text encoders that they were trained with, from the paths of `find`.
 
     compressor: None where it is in Stage B's checkpoint. clip: weights for CLIP text encoders
-    (data.text_encoder), before text_b and text_c. Raises UsageError with a sentence: a
+    (plumbing/text.py), before text_b and text_c. Raises UsageError with a sentence: a
     missing file, a checkpoint of another stage, or stages that were not trained on each other.
     """
     vqgan, decoder = stage_a.load(a, device), stage_b.load(b, device)
@@ -147,7 +148,7 @@ def text_encoder(state, published, model, path, weights, device):
     UsageError if it is not the one that the model was trained with.
     """
     known = state.get("text_encoder", {"name": published})
-    encoder = data.text_encoder(known["name"], weights, device)
+    encoder = text.text_encoder(known["name"], weights, device)
     if encoder.checksum != known.get("checksum", encoder.checksum):
         raise UsageError(
             f"{path}: trained with another text encoder {encoder.name} than the one loaded (sha256 "

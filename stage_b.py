@@ -534,6 +534,7 @@ import data
 import semantic_compressor
 import stage_a
 from plumbing import checkpoint, cli, pictures, training
+from plumbing.text import text_encoder
 
 
 def train(config, source, out, path_a, clip=None, init_from=None):
@@ -545,7 +546,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
     device = training.setup(config.seed)
     # two frozen networks: one makes the latents that B learns to draw, one the tokens it reads
     vqgan = stage_a.load(path_a, device)
-    encoder = data.text_encoder(config.text_encoder, clip, device, config.text_width)
+    encoder = text_encoder(config.text_encoder, clip, device, config.text_width)
     null_text = encoder([""])                                             # (1, L, E)
     dataset = data.CaptionedImages(source, resize=config.image_size, crop=config.image_size,
                                    seed=config.seed, center=config.remember,
@@ -556,7 +557,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
 
     run = training.Run("B", config, out, device, init_from, samples=len(dataset),
                        stage_a=checkpoint.checksum(vqgan.state_dict()),
-                       text_encoder=dict(name=encoder.name, checksum=encoder.checksum))
+                       text_encoder=encoder.identity)
     trained = config.compressor_share > 0                  # else it stays as --init-from gave it
     compressor = semantic_compressor.new(
         config.compressor, init_from if run.new else run.out / "checkpoint.pt", trained, device)

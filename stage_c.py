@@ -429,6 +429,7 @@ RELEASED_LEVELS = (*(1 - i / 57 for i in range(20)), *((10 - i) / 15 for i in ra
 import data
 import semantic_compressor
 from plumbing import checkpoint, cli, pictures, training
+from plumbing.text import text_encoder
 
 
 def train(config, source, out, path_a, path_b, clip=None, init_from=None):
@@ -441,7 +442,7 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None):
     device = training.setup(config.seed)
     # two frozen networks: one makes the latents that C learns to draw, one the tokens it reads
     compressor = semantic_compressor.load(path_b, device)
-    encoder = data.text_encoder(config.text_encoder, clip, device, config.text_width)
+    encoder = text_encoder(config.text_encoder, clip, device, config.text_width)
     null_text = encoder([""])                                             # (1, L, E)
     dataset = training_data(config, source, compressor)
 
@@ -463,7 +464,7 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None):
 
     run = training.Run("C", config, out, device, init_from, samples=len(dataset),
                        compressor=checkpoint.checksum(compressor.state_dict()),
-                       text_encoder=dict(name=encoder.name, checksum=encoder.checksum))
+                       text_encoder=encoder.identity)
     model = StageC(config).to(device).train()
     if init_from and run.new:                                             # weights, nothing else
         model.load_state_dict(load(init_from).state_dict())

@@ -14,12 +14,12 @@ import torch
 import torch.nn as nn
 from torch.testing import assert_close
 
-import data
 import sample
 import semantic_compressor
 import stage_a
 import stage_b
 import stage_c
+from plumbing.text import text_encoder
 
 # Small configurations of the same classes: what the tests train and sample.
 TINY_A = replace(stage_a.PRESETS["pocket"], widths=(8, 16), decoder_blocks=1, codebook_size=32,
@@ -481,7 +481,7 @@ def test_overfit_a():
 def test_overfit_c_two_captions():
     """After overfitting two captions, each samples its own x_0; swapped captions swap results."""
     torch.manual_seed(0)
-    encoder = data.text_encoder("pocket")
+    encoder = text_encoder("pocket")
     captions = ["a red star above a blue circle", "a blue circle above a red star"]
     text, null = encoder(captions), encoder([""])
     x_0 = torch.randn(2, 16, 3, 3)

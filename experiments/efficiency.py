@@ -1,9 +1,9 @@
 """How much work, and how fast on this machine: the questions of the paper's Table 2 and Figure 4.
 
-    python experiments/efficiency.py [--size pocket] [--parts train,sample] [--out runs/efficiency]
-    python experiments/efficiency.py --size bench --against diffusers
-    python experiments/efficiency.py --parts loader
-    python experiments/efficiency.py --size released --batch-size 64          on a GPU
+    python -m experiments.efficiency [--size pocket] [--parts train,sample] [--out runs/efficiency]
+    python -m experiments.efficiency --size bench --against diffusers
+    python -m experiments.efficiency --parts loader
+    python -m experiments.efficiency --size released --batch-size 64          on a GPU
 
 Networks are random: speed does not depend on what they have learned. All that is compared runs in
 one process in alternating turns; reported are the median, the least and the most.
@@ -43,14 +43,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import data  # noqa: E402
-import semantic_compressor  # noqa: E402
-import stage_a  # noqa: E402
-import stage_b  # noqa: E402
-import stage_c  # noqa: E402
-from plumbing import cli, training  # noqa: E402
+import data
+import semantic_compressor
+import stage_a
+import stage_b
+import stage_c
+from plumbing import cli, training
 
 A100 = 312e12                    # nominal FLOP/s of its bf16 matrix products
 KG_PER_A100_HOUR = 2276 / 24602  # the paper's Table 2 (as 250 W x 0.37 kg/kWh, PUE 1: Lacoste 2019)

@@ -1,8 +1,8 @@
 """Real pictures without a download: the emoji of the Noto Color Emoji font, named by Unicode.
 
     apt-get install fonts-noto-color-emoji
-    python experiments/emoji.py --out emoji       about 1,300 PNGs of 136 px, each with a .txt
-    python data.py pack emoji --out shards/emoji
+    python -m experiments.emoji --out emoji       about 1,300 PNGs of 136 px, each with a .txt
+    python -m tools.pack emoji --out shards/emoji
 
 Names that say "black" or "white" are left out: in Unicode they mean filled and outlined.
 The font is under the SIL Open Font License 1.1, its pictures under Apache-2.0; commit neither.

@@ -1,6 +1,6 @@
 """Does the picture show what the prompt asked for? The drawings' small world can be checked.
 
-    python experiments/prompt_accuracy.py [--weights runs/pocket] [--n 1000] [--seed 1] [--out DIR]
+    python -m experiments.prompt_accuracy [--weights runs/pocket] [--n 1000] [--seed 1] [--out DIR]
 
 Prompts come from the grammar of pocket/shapes.py, half of them with one object, half with two, from
 the training split ("seen") and from the held-out one apart. `look_at` sees only the picture, never
@@ -17,7 +17,6 @@ Writes accuracy.json and failures.png into --out and prints a table with 95 % in
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,10 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import sample  # noqa: E402
-import semantic_compressor  # noqa: E402
-from plumbing import cli, pictures, training  # noqa: E402
-from pocket import shapes  # noqa: E402
+import sample
+import semantic_compressor
+from plumbing import cli, pictures, training
+from pocket import shapes
 
 
 # ---- the checker: picture -> what is there -------------------------------------------------------

@@ -1,24 +1,21 @@
 """Where should Stage B start: random codebook tokens (§3.3) or Gaussian noise (released code)?
 
-    python experiments/start.py --data shards/heldout [--weights runs/pocket] [--n 64]
+    python -m experiments.start --data shards/heldout [--weights runs/pocket] [--n 64]
 
 Sends drawings through Stage A alone and through compressor, Stage B and Stage A, from both starts
 and at guidance 1 and 4, and prints the PSNR of each way in dB.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import data  # noqa: E402
-import sample  # noqa: E402
-import semantic_compressor  # noqa: E402
-from plumbing import cli, pictures, training  # noqa: E402
+import data
+import sample
+import semantic_compressor
+from plumbing import cli, pictures, training
 
 
 @torch.no_grad()

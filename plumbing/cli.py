@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import errno
 import inspect
 import sys
 import traceback
@@ -101,13 +102,18 @@ def tuple_of(kind):
 def start(main, *arguments):
     """Run `main`; an error whose message is for the user ends the program with that sentence alone.
 
-    That is a UsageError, or a plain ValueError that a file of this project raised itself (the stage
-    files above their banner know no other); any other is a fault and keeps its traceback.
+    That is a UsageError, a plain ValueError that a file of this project raised itself (the stage
+    files above their banner know no other), a file that cannot be read or written, or a full disk;
+    any other is a fault and keeps its traceback.
     """
     try:
         return main(*arguments)
     except ValueError as error:
         if not isinstance(error, UsageError) and not raised_here(error):
+            raise
+        sys.exit(str(error))
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
         sys.exit(str(error))
     except torch.cuda.OutOfMemoryError as error:

@@ -36,6 +36,10 @@ def wrap(text, width, font):
         longer = f"{lines[-1]} {word}".strip()
         fits = not lines[-1] or font.getlength(longer) <= width
         lines = lines[:-1] + [longer] if fits else lines + [word]
+        while len(lines[-1]) > 1 and font.getlength(lines[-1]) > width:    # one word is too long
+            end = next((n for n in range(len(lines[-1]) - 1, 1, -1)
+                        if font.getlength(lines[-1][:n]) <= width), 1)
+            lines[-1:] = [lines[-1][:end], lines[-1][end:]]
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """
 The built-in drawings: a small world whose captions can be checked by eye.
 
+    python -m pocket.shapes --out shards/shapes [--count 20000] [--split heldout] [--size 128]
+
 One or two coloured shapes on a plain background. A picture is first a *scene*, a plain dict
 that says what is there (and is stored as the .json of its sample), then a drawing, then a
 caption. A caption always names every colour and every shape; size, place and background are
@@ -24,9 +26,20 @@ Everything follows from (seed, split, index) by numpy's RandomState, whose strea
 the same drawings in every numpy version, for any number of workers.
 """
 
+import argparse
+import glob
+import io
+import json
+import multiprocessing
+import os
+import signal
+
 import numpy as np
-from plumbing.cli import UsageError
 from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from plumbing import cli, tars
+from plumbing.cli import UsageError
 
 # ---- The grammar ---------------------------------------------------------------------------------
 
@@ -299,6 +312,65 @@ def prompts(n, seed=0, split="train"):
     return list(found.items())
 
 
+# ---- Shards --------------------------------------------------------------------------------------
+
+def make_shapes(out, count=20_000, split="train", size=128, seed=0, workers=2, per_shard=500):
+    """Write `count` drawings of `size` pixels as shards; a run that was stopped goes on.
+
+    Raises UsageError if `out` holds anything else.
+    """
+    if min(count, size, per_shard) < 1 or per_shard > tars.PER_SHARD:
+        raise UsageError(f"--count {count} --size {size} --per-shard {per_shard}: expected numbers "
+                         f"from 1 (a shard holds at most {tars.PER_SHARD:,}).")
+    os.makedirs(out, exist_ok=True)
+    settings = {"count": count, "split": split, "size": size, "seed": seed,
+                "per_shard": per_shard, "grammar": VERSION}
+    note, found = os.path.join(out, "shapes.json"), None
+    if os.path.isfile(note):
+        with open(note, encoding="utf-8") as file:
+            found = json.load(file)
+    if found != settings and (found or glob.glob(os.path.join(glob.escape(out), "*.tar"))):
+        raise UsageError(f"{out}: holds other data ({found or 'tars without a shapes.json'}), "
+                         f"expected an empty folder or the drawings of {settings}.")
+    with open(f"{note}.tmp", "w", encoding="utf-8") as file:
+        json.dump(settings, file)
+    os.replace(f"{note}.tmp", note)
+    jobs = []
+    for number, first in enumerate(range(0, count, per_shard)):
+        path = os.path.join(out, f"{number:05d}.tar")
+        if not os.path.exists(path):
+            indices = range(first, min(first + per_shard, count))
+            jobs.append((path, number, indices, split, seed, size))
+    missing = sum(len(job[2]) for job in jobs)
+    quiet = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
+    with tqdm(total=count, initial=count - missing, desc=f"{split} drawings", unit="img") as bar:
+        if workers > 1:
+            with multiprocessing.Pool(workers, signal.signal, quiet) as pool:
+                for drawn in pool.imap_unordered(_draw_shard, jobs):
+                    bar.update(drawn)
+        else:
+            for job in jobs:
+                bar.update(_draw_shard(job))
+    print(f"{out}: {count:,} drawings of {size} px, split {split}, "
+          f"in {-(-count // per_shard)} shards; see them with: python -m tools.look {out}")
+
+
+def _draw_shard(job):
+    """Draw one shard (runs in a worker process) -> number of samples."""
+    path, number, indices, split, seed, size = job
+    samples = []
+    for place, index in enumerate(indices):
+        rng = scene_rng(seed, split, index)
+        picture = draw_scene(rng, split, count=1 + index % 2)
+        said = caption(picture, rng)
+        png = io.BytesIO()
+        render(picture, size).save(png, "PNG", compress_level=1)  # ours: fast, small enough
+        samples.append(tars.sample(f"{number:05d}{place:04d}", "png", png.getvalue(), (size, size),
+                                   said, {**picture, "split": split, "seed": seed, "index": index}))
+    tars.write_tar(path, samples)
+    return len(samples)
+
+
 def source(args):
     """--data, or, at pocket size, the built-in drawings, which are made if they are not there."""
     if args.data is not None:
@@ -306,6 +378,22 @@ def source(args):
     if args.preset != "pocket":
         raise UsageError("--data is missing: a folder of tar shards, for example from "
                          "`python -m pocket.shapes --out shards/shapes`")
-    import data
-    data.make_shapes("shards/shapes")
+    make_shapes("shards/shapes")
     return "shards/shapes"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("python -m pocket.shapes", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder for the shards")
+    parser.add_argument("--count", type=int, default=20_000, help="drawings (default %(default)s)")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train")
+    parser.add_argument("--size", type=int, default=128, help="pixels (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--per-shard", type=int, default=500)
+    make_shapes(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    cli.start(main)

@@ -1,6 +1,6 @@
 """Write the small weights that travel with the repository: pocket/stage_{a,b,c}.safetensors.
 
-    python pocket/ship.py [--weights runs/pocket] [--out pocket]      the last line of `make pocket`
+    python -m pocket.ship [--weights runs/pocket] [--out pocket]      the last line of `make pocket`
 
 Matrices become float16, vectors (norms, biases, statistics) stay float32, Stage B's file also has
 the compressor, and B and C are their averaged weights. What a checkpoint knows about itself
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -21,15 +20,13 @@ import torch
 from safetensors.torch import save_file
 from torchvision.transforms.functional import to_tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import sample  # noqa: E402
-import semantic_compressor  # noqa: E402
-import stage_a  # noqa: E402
-import stage_b  # noqa: E402
-import stage_c  # noqa: E402
-from plumbing import checkpoint, cli, pictures  # noqa: E402
-from pocket import shapes  # noqa: E402
+import sample
+import semantic_compressor
+import stage_a
+import stage_b
+import stage_c
+from plumbing import checkpoint, cli, pictures
+from pocket import shapes
 
 
 def rounded(tensors):
@@ -55,7 +52,7 @@ def provenance(state, preset, stage):
     if config.get("compressor_share") == 0:
         flags.append("--init-from runs/pocket/taught/checkpoint.pt")
     return dict(command=" ".join([f"python stage_{stage}.py --preset pocket", *flags]),
-                steps=state["step"], samples=state["samples"], data="data.py shapes, seed 0",
+                steps=state["step"], samples=state["samples"], data="pocket/shapes.py, seed 0",
                 seed=config["seed"], date=date.today().isoformat(),
                 machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, "
                         f"torch {torch.__version__.partition('+')[0]}")

@@ -1,6 +1,6 @@
 """Pocket's stand-in for ImageNet: the compressor first learns to say what a drawing shows.
 
-    python pocket/teach.py [--compile] [--steps 3000] [--out runs/pocket/taught]
+    python -m pocket.teach [--compile] [--steps 3000] [--out runs/pocket/taught]
 
 The paper's compressor begins with the weights of a network that has learned to tell a thousand
 kinds of things apart (EfficientNetV2-S on ImageNet, §3.1). Pocket's has no such past, and Stage B's
@@ -22,24 +22,20 @@ shares of right answers on drawings with combinations that no training shows (sp
 
 import argparse
 import copy
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import semantic_compressor  # noqa: E402
-import stage_b  # noqa: E402
-from plumbing import cli, training  # noqa: E402
-from pocket import shapes  # noqa: E402
+import semantic_compressor
+import stage_b
+from plumbing import cli, training
+from pocket import shapes
 
 CONFIG = replace(stage_b.PRESETS["pocket"], steps=3000, lr=2e-3, cooldown=1200, save_every=200)
-SEED = 1                                       # of the drawings; data.py shapes, for Stage B, has 0
+SEED = 1                                       # of the drawings; pocket/shapes.py for Stage B, has 0
 NOISE = 0.3                                    # on latents whose channels have unit variance
 GRID = 3                                       # cells of the latent along a side
 NAMES = {"there": [False, True], "background": list(shapes.BACKGROUNDS),

@@ -1,6 +1,6 @@
 """Pocket's stand-in for CLIP: the small text tower learns which object a caption puts where.
 
-    python pocket/teach_text.py [--steps 2000] [--out runs/pocket/text]
+    python -m pocket.teach_text [--steps 2000] [--out runs/pocket/text]
 
 CLIP's tower comes with the meaning of words and of their order. Pocket's begins at random: its
 tokens are a fixed code, and a small Stage C did not learn from pictures to tell "a red star above a
@@ -12,7 +12,7 @@ captions of the drawings can teach it, without any picture:
     left or upper one first, whatever the caption begins with: colour, shape and size
 
 Only the two transformer layers learn; the 49,408 token embeddings, drawn from a fixed seed
-(data.random_text_weights), stay. The head is not needed afterwards.
+(random_text_weights), stay. The head is not needed afterwards.
 
 Leaves the layers' average in OUT/text.safetensors (float16). `cp` that to pocket/ and every
 training reads it from there; Stages B and C before it do not fit then and say so. Stopped and
@@ -23,9 +23,7 @@ that no training names (split "heldout").
 import argparse
 import copy
 import json
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,12 +31,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import data  # noqa: E402
-import stage_c  # noqa: E402
-from plumbing import cli, training  # noqa: E402
-from pocket import shapes  # noqa: E402
+import stage_c
+from plumbing import cli, text, training
+from pocket import shapes
 
 CONFIG = replace(stage_c.PRESETS["pocket"], steps=2000, batch_size=128, lr=2e-3, cooldown=1000,
                  log_every=20, save_every=100)
@@ -107,8 +102,8 @@ def loss(head, features, answers):
 def teach(config, out):
     """config: a stage_c.Config, whose steps, batch_size, lr and so on are used here."""
     device = training.setup(config.seed)
-    encoder = data.text_encoder("pocket", device=device)
-    encoder.tower.load_state_dict(data.random_text_weights(encoder.tower))
+    encoder = text.text_encoder("pocket", device=device)
+    encoder.tower.load_state_dict(text.random_text_weights(encoder.tower))
     test = batch(range(1000), "heldout", device)
 
     run = training.Run("text", config, out, device)

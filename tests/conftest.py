@@ -4,10 +4,10 @@
 import pytest
 import torch
 
-import data
 import stage_a
 import stage_b
 import stage_c
+from plumbing.text import text_encoder
 from test_shapes import TINY_A, TINY_B, TINY_C
 from tests.common import command, make_tar, members_of
 
@@ -26,7 +26,7 @@ def seeded():
 def drawings(tmp_path_factory):
     """24 drawings in tar shards."""
     folder = tmp_path_factory.mktemp("shards")
-    command("data.py", "shapes", "--out", folder / "shapes", "--count", 24, "--workers", 1)
+    command("-m", "pocket.shapes", "--out", folder / "shapes", "--count", 24, "--workers", 1)
     return folder / "shapes"
 
 
@@ -51,4 +51,4 @@ def shards(tmp_path):
 
 @pytest.fixture(scope="session")
 def encoder():
-    return data.text_encoder("pocket")
+    return text_encoder("pocket")

@@ -10,9 +10,13 @@ import torch
 from PIL import Image
 
 import data
+from plumbing import cli
 from plumbing.cli import UsageError
+from plumbing.text import text_encoder
+from pocket import shapes
 from test_shapes import TINY_C
 from tests.common import command, contents, encoded, make_tar, members_of, take
+from tools import look, pack
 
 
 def test_filters(tmp_path):
@@ -41,7 +45,7 @@ def test_look_counts_duplicates(tmp_path, capsys):
     make_tar(tmp_path / "0.tar", [part for i, name in enumerate("aabca") for part in (
         (f"{i}.png", encoded()), (f"{i}.txt", b"x"), (f"{i}.json", b'{"sha256": "%s"}' %
                                                       name.encode()))])
-    data.look(tmp_path, tmp_path / "look.png")
+    look.look(tmp_path, tmp_path / "look.png")
     assert "3 different images, 2 are there again" in capsys.readouterr().out
 
 
@@ -202,7 +206,7 @@ def test_global_random_state_is_left_alone(shards):
     torch.manual_seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     take(data.stream(data.CaptionedImages(shards, crop=16), 5, workers=1), 2)
-    data.text_encoder()
+    text_encoder()
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])
 
@@ -269,20 +273,46 @@ def test_memory_refuses_what_float16_cannot_hold(shards):
 
 
 def test_commands_shapes_and_look(tmp_path):
-    """`shapes` writes heldout shards, `look` prints what they hold and draws a contact sheet."""
-    done = command("data.py", "shapes", "--out", tmp_path / "s", "--count", 30,
+    """`pocket.shapes` writes heldout shards, `tools.look` prints and draws what they hold."""
+    done = command("-m", "pocket.shapes", "--out", tmp_path / "s", "--count", 30,
                    "--split", "heldout", "--size", 48)
-    assert done.returncode == 0, done.stderr
-    done = command("data.py", "look", tmp_path / "s", "--out", tmp_path / "look.png")
-    assert done.returncode == 0, done.stderr
+    assert f"python -m tools.look {tmp_path / 's'}" in done.stdout
+    done = command("-m", "tools.look", tmp_path / "s", "--out", tmp_path / "look.png")
     assert "30 samples" in done.stdout and "48 x 48 (30)" in done.stdout and "words" in done.stdout
     assert Image.open(tmp_path / "look.png").size[0] > 500
     assert all(data.CaptionedImages(tmp_path / "s")[i]["meta"]["held_out"] for i in range(30))
-    for arguments in (["look", f"{tmp_path}/gone"], ["look", "a.tar", "b.tar"],
-                      ["shapes", "--out", f"{tmp_path}/s", "--count", "31"],
-                      ["shapes", "--out", f"{tmp_path}/t", "--count", "0"]):
-        with pytest.raises(SystemExit, match="^error: .*(expected|quotes)"):
-            data.main(arguments)
+
+
+@pytest.mark.parametrize("main, arguments, sentence", [
+    (look.main, ["{}/gone"], "found 1 x missing shard.*expected"),
+    (look.main, ["a.tar", "b.tar"], "put it in quotes"),
+    (look.main, ["{}", "--out", "{}/no/look.png"], "No such file or directory.*no/look.png"),
+    (pack.main, ["{}", "--out", "{}/new", "--per-shard", "10001"], "expected 1 to 10,000"),
+    (pack.main, ["{}", "--out", "{}/new"], "holds shards already.*expected"),
+    (shapes.main, ["--out", "{}", "--count", "31"], "holds other data.*expected"),
+    (shapes.main, ["--out", "{}/t", "--count", "0"], "--count 0.*expected")])
+def test_commands_end_with_one_sentence(tmp_path, main, arguments, sentence):
+    """What the user can put right ends a command with one line that says how, no traceback."""
+    make_tar(tmp_path / "0.tar", members_of(2))
+    with pytest.raises(SystemExit, match=sentence) as stopped:
+        cli.start(main, [part.format(tmp_path) for part in arguments])
+    assert "\n" not in str(stopped.value)
+
+
+def test_contact_sheet(tmp_path):
+    """Pictures of all shapes get cells of one size, whole; long captions and words are broken."""
+    for name, size, said in (("a", (400, 50), "w" * 300), ("b", (9, 7), "short"),
+                             ("c", (90, 500), "long " * 300)):
+        (tmp_path / f"{name}.png").write_bytes(encoded(size=size, colour=(255, 0, 0)))
+        (tmp_path / f"{name}.txt").write_text(said)
+    sheet = np.asarray(look.contact_sheet(data.CaptionedImages(tmp_path), range(3))).astype(int)
+    red = (sheet[..., 0] > 200) & (sheet[..., 1] < 50)
+    dark, cells = (sheet < 100).all(-1), [slice(x, x + look.CELL) for x in (4, 168, 332)]
+    found = [(red[:, cell].any(0).sum(), red[:, cell].any(1).sum()) for cell in cells]
+    assert found == [(160, 20), (9, 7), (29, 160)]                              # width, height
+    lines = [dark[166:, cell].any(1).sum() for cell in cells]       # rows of pixels with letters
+    assert lines[0] > 45 and 5 < lines[1] < 15 and lines[2] > 30, lines
+    assert not dark[:, [0, 1, 2, 3, 164, 328]].any() and not dark[-2:].any()    # nothing is cut
 
 
 def test_command_pack(tmp_path):
@@ -295,19 +325,19 @@ def test_command_pack(tmp_path):
     for name, content in files.items():
         (pictures / name).write_bytes(content)
         (pictures / name).with_suffix(".txt").write_text(f"this is {name}", encoding="utf-8")
-    done = command("data.py", "pack", pictures, "--out", tmp_path / "out" / "mine",
+    done = command("-m", "tools.pack", pictures, "--out", tmp_path / "out" / "mine",
                    "--per-shard", 2)
     assert done.returncode == 0, done.stderr
     assert "5 samples in 3 shard(s); left out 1 x cannot be decoded" in done.stdout
     packed = data.CaptionedImages(tmp_path / "out" / "mine")
     samples = [packed[i] for i in range(5)]
-    copied = {s["caption"]: packed.read(s["index"], 0) for s in samples
+    copied = {s["caption"]: packed.bytes_of(s["index"], 0) for s in samples
               if "bmp" not in s["caption"]}
     assert copied == {f"this is {name}": content for name, content in files.items()
                       if name not in ("c.bmp", "broken.jpg")}
     meta = next(s["meta"] for s in samples if s["caption"] == "this is d.png")
     assert (meta["width"], meta["original_height"], meta["source"]) == (64, 20, "d")
-    with pytest.raises(SystemExit, match="nothing is overwritten"):
-        data.main(["pack", str(pictures), "--out", f"{tmp_path}/out/mine"])
-    data.pack(pictures, tmp_path / "again", per_shard=2)
+    with pytest.raises(UsageError, match="nothing is overwritten"):
+        pack.pack(pictures, tmp_path / "out" / "mine")
+    pack.pack(pictures, tmp_path / "again", per_shard=2)
     assert contents(tmp_path / "again") == contents(tmp_path / "out" / "mine")

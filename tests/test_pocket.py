@@ -11,6 +11,7 @@ import torch.nn as nn
 
 import data
 import stage_b
+from plumbing import text
 from plumbing.cli import UsageError
 from pocket import shapes, teach, teach_text
 from test_shapes import TINY_B
@@ -100,7 +101,7 @@ def test_labels_of_captions():
 
 
 def test_taught_text_tower(tmp_path, monkeypatch):
-    """teach_text.py resumes exactly, moves the layers alone, and data.py reads what it wrote."""
+    """teach_text.py resumes exactly, moves the layers alone, and text.py reads what it wrote."""
     config = replace(teach_text.CONFIG, steps=2, batch_size=4, cooldown=0)
     teach_text.teach(config, tmp_path / "whole")
     for steps in (1, 2):
@@ -110,10 +111,10 @@ def test_taught_text_tower(tmp_path, monkeypatch):
     same(whole["layers_ema"], halves["layers_ema"], "layers")
     log = [json.loads(line) for line in open(tmp_path / "halves/log.jsonl")]
     assert [line["step"] for line in log] == [1, 2] and 0 <= log[1]["shape 1"] <= 1
-    monkeypatch.setattr(data, "POCKET_TEXT", str(tmp_path / "none"))
-    untaught = data.text_encoder("pocket").tower.state_dict()
-    monkeypatch.setattr(data, "POCKET_TEXT", str(tmp_path / "whole/text.safetensors"))
-    for name, value in data.text_encoder("pocket").tower.state_dict().items():
+    monkeypatch.setattr(text, "POCKET_TEXT", str(tmp_path / "none"))
+    untaught = text.text_encoder("pocket").tower.state_dict()
+    monkeypatch.setattr(text, "POCKET_TEXT", str(tmp_path / "whole/text.safetensors"))
+    for name, value in text.text_encoder("pocket").tower.state_dict().items():
         layer = name.removeprefix("transformer.")
         expected = whole["layers_ema"][layer].half() if layer != name else untaught[name]
         assert torch.equal(value, expected.float()), name
@@ -251,18 +252,18 @@ def test_prompts_are_different_and_of_their_split():
 def test_shapes_do_not_depend_on_workers(tmp_path):
     """The same drawings for any number of workers, and after an interruption."""
     options = dict(count=23, size=32, per_shard=5)
-    data.make_shapes(tmp_path / "one", workers=1, **options)
-    data.make_shapes(tmp_path / "two", workers=2, **options)
+    shapes.make_shapes(tmp_path / "one", workers=1, **options)
+    shapes.make_shapes(tmp_path / "two", workers=2, **options)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert len(contents(tmp_path / "one")) == 5
     kept = (tmp_path / "two" / "00000.tar").stat().st_mtime_ns
     (tmp_path / "two" / "00003.tar").unlink()
     (tmp_path / "two" / "00003.tar.tmp").write_bytes(b"half")
-    data.make_shapes(tmp_path / "two", workers=1, **options)
+    shapes.make_shapes(tmp_path / "two", workers=1, **options)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert (tmp_path / "two" / "00000.tar").stat().st_mtime_ns == kept
     with pytest.raises(UsageError, match="holds other data"):
-        data.make_shapes(tmp_path / "two", seed=1, **options)
+        shapes.make_shapes(tmp_path / "two", seed=1, **options)
     found = data.CaptionedImages(tmp_path / "one")
     assert len(found) == 23 and found[3]["meta"]["index"] == 3
     scene = {k: v for k, v in found[3]["meta"].items() if k in shapes.scene(3)}

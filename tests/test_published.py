@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-import data
 import sample
 import semantic_compressor
 import stage_a
 import stage_b
 import stage_c
 from plumbing.cli import UsageError
+from plumbing.text import text_encoder
 from test_shapes import TINY_A, TINY_B, TINY_C, shake
 from tests.common import command
 
@@ -177,7 +177,7 @@ def test_published_text_towers(published):
     folder, networks = published
     captions = [*PROMPTS, "", "ünïcode café 日本  spaces ", "word " * 100]
     for name, known in (("wuerstchen", "clip-h"), ("wuerstchen-prior", "clip-bigg")):
-        encoder = data.text_encoder(known, folder / name / "text_encoder")
+        encoder = text_encoder(known, folder / name / "text_encoder")
         query = networks[f"tokenizer/{name}"](captions, padding="max_length", max_length=77,
                                               truncation=True, return_tensors="pt")
         with torch.no_grad():

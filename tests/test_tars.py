@@ -1,6 +1,7 @@
 """Where samples lie: tars, folders, damage, the cached index."""
 
 import io
+import pickle
 import tarfile
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import data
+from plumbing import tars
 from plumbing.cli import UsageError
 from tests.common import encoded, make_tar, members_of
 
@@ -169,7 +171,7 @@ def test_index_is_cached_and_renewed(shards, tmp_path, monkeypatch):
     data.CaptionedImages(shards)
     assert len(list((shards / ".index").iterdir())) == 3
     with monkeypatch.context() as patch:
-        patch.setattr(data, "scan_tar", None)  # would fail if it were called
+        patch.setattr(tars, "scan_tar", None)  # would fail if it were called
         assert len(data.CaptionedImages(shards)) == 12
     make_tar(shards / "00002.tar", members_of(7, 9))
     assert len(data.CaptionedImages(shards)) == 16
@@ -179,3 +181,16 @@ def test_index_is_cached_and_renewed(shards, tmp_path, monkeypatch):
     (shards / ".index").write_text("in the way, like a read-only folder")
     assert len(data.CaptionedImages(shards)) == 16
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 3
+
+
+def test_reader(shards):
+    """Few files stay open, workers get none of them, and a file that lost its end is named."""
+    found = data.CaptionedImages(shards)
+    reader = found._reader
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tars, "OPEN_FILES", 2)
+        assert [found.caption(i) for i in (0, 5, 9, 0)] == [f"number {i}" for i in (0, 5, 9, 0)]
+    assert len(reader.handles) == 2 and not pickle.loads(pickle.dumps(found))._reader.handles
+    last = shards / "00002.tar"
+    last.write_bytes(last.read_bytes()[:2000])
+    assert found[11]["failed"] == f"file ended early: {last}"

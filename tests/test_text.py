@@ -1,14 +1,16 @@
 """The text towers: pocket's and CLIP's."""
 
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-import data
+from plumbing import text
 from plumbing.cli import UsageError
 from pocket import shapes, teach_text
+from tests.common import command
 
 
 def test_pocket_text_encoder(encoder):
@@ -29,9 +31,9 @@ def test_pocket_text_encoder_is_the_same_everywhere(encoder, monkeypatch):
     """A known checksum, whatever was drawn before; without the taught layers, another one."""
     assert encoder.checksum == "a4876a0582811a9a19ce027954e69b5719db6b3e067912b963b7b58f876611ea"
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.train().training
-    monkeypatch.setattr(data, "POCKET_TEXT", "none")
+    monkeypatch.setattr(text, "POCKET_TEXT", "none")
     untaught = "9951c320d90751f38e777c6775c2a6870657b5b6183a86ec761edad8e65721ff"
-    assert data.text_encoder("pocket").checksum == untaught
+    assert text.text_encoder("pocket").checksum == untaught
 
 
 def test_pocket_text_encoder_knows_word_order(encoder):
@@ -50,19 +52,19 @@ def test_pocket_text_encoder_knows_word_order(encoder):
 def test_bad_pocket_text_weights(tmp_path, monkeypatch):
     """A damaged file and one of another tower are named, with what was expected."""
     from safetensors.torch import load_file, save_file
-    taught = load_file(data.POCKET_TEXT)
+    taught = load_file(text.POCKET_TEXT)
     path = tmp_path / "text.safetensors"
-    monkeypatch.setattr(data, "POCKET_TEXT", str(path))
+    monkeypatch.setattr(text, "POCKET_TEXT", str(path))
     path.write_bytes(b"no tensors")
     with pytest.raises(UsageError, match="text.safetensors: not a readable text tower"):
-        data.text_encoder("pocket")
+        text.text_encoder("pocket")
     save_file({"transformer.other": torch.zeros(2)}, path)
     with pytest.raises(UsageError, match="expected the 24 tensors"):
-        data.text_encoder("pocket")
+        text.text_encoder("pocket")
     name = "transformer.resblocks.0.ln_1.weight"
     save_file(taught | {name: torch.ones(64)}, path)
     with pytest.raises(UsageError, match=rf"of {name} it has \(64,\), expected \(128,\)"):
-        data.text_encoder("pocket")
+        text.text_encoder("pocket")
 
 
 @pytest.mark.parametrize("suffix, prefix", [
@@ -72,21 +74,21 @@ def test_clip_weights_from_a_file(tmp_path, monkeypatch, suffix, prefix):
     from open_clip.transformer import TextTransformer
     from safetensors.torch import save_file
     size = {"width": 16, "heads": 2, "layers": 2, "length": 77}
-    monkeypatch.setitem(data.TEXT_ENCODERS, "clip-h", {**data.TEXT_ENCODERS["clip-h"], **size})
+    monkeypatch.setitem(text.TEXT_ENCODERS, "clip-h", {**text.TEXT_ENCODERS["clip-h"], **size})
     tower = TextTransformer(width=16, heads=2, layers=2, output_dim=8, output_tokens=True).eval()
     state = {prefix + k: v.half().clone() for k, v in tower.state_dict().items()}
     state |= {"visual.transformer.x": torch.zeros(3), "logit_scale": torch.tensor(1.0)}
     path = tmp_path / f"clip{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save({"state_dict": state}, path)
-    encoder = data.text_encoder("clip-h", weights=path)
+    encoder = text.text_encoder("clip-h", weights=path)
     captions = ["a red star", ""]
     expected = tower.half().float()(encoder.tokenizer(captions))[1]
     for i, real in enumerate(encoder.tokens(captions)[1]):     # open_clip pads in another way
         torch.testing.assert_close(encoder(captions)[i, real], expected[i, real].detach())
     assert encoder.width == 16 and encoder.length == 77
-    monkeypatch.setitem(data.TEXT_ENCODERS["clip-h"], "width", 32)
+    monkeypatch.setitem(text.TEXT_ENCODERS["clip-h"], "width", 32)
     with pytest.raises(UsageError, match="is not the text tower of clip-h"):
-        data.text_encoder("clip-h", weights=path)
+        text.text_encoder("clip-h", weights=path)
 
 
 def test_clip_without_network(monkeypatch, capfd):
@@ -96,7 +98,7 @@ def test_clip_without_network(monkeypatch, capfd):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/nonexistent")
     with pytest.raises(UsageError) as caught:
-        data.text_encoder("clip-h")
+        text.text_encoder("clip-h")
     said = str(caught.value)
     assert said.startswith("The CLIP weights of clip-h (ViT-H-14, laion2b_s32b_b79k)")
     assert "--clip /path" in said and "--preset pocket" in said and "\n" not in said
@@ -112,4 +114,19 @@ def test_bad_clip_files(tmp_path):
     torch.save([1, 2], tmp_path / "d.pt")
     for name in ("a.safetensors", "b.bin", "c.pt", "d.pt", "gone.pt"):
         with pytest.raises(UsageError, match="--clip"):
-            data.text_encoder("clip-h", weights=tmp_path / name)
+            text.text_encoder("clip-h", weights=tmp_path / name)
+
+
+def test_without_published(tmp_path, monkeypatch):
+    """Without the folder published/ the pocket tower and local files of open_clip still load."""
+    for name in ("published", "published.text", "published.hub"):
+        monkeypatch.setitem(sys.modules, name, None)
+    text.text_encoder("pocket")
+    with pytest.raises(UsageError, match="there is no file"):
+        text.text_encoder("clip-h", tmp_path / "clip.safetensors")
+
+
+def test_imports_are_late():
+    """data.py and plumbing/text.py start without open_clip, torchvision and transformers."""
+    command("-c", "import sys, data, plumbing.text; "
+                  "assert not {'open_clip', 'torchvision', 'transformers'} & set(sys.modules)")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 import semantic_compressor
-from plumbing import checkpoint, cli, training
+from plumbing import checkpoint, cli, tars, training
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_s
     with open(f"{note}.tmp", "w", encoding="utf-8") as file:
         json.dump(settings, file)
     os.replace(f"{note}.tmp", note)
-    failures = data.Failures(dataset)
+    failures = data.FailureCounter(dataset)
     with tqdm(total=len(dataset), desc="latents", unit="img") as bar:
         for number, first in enumerate(range(0, len(dataset), per_shard)):
             path = os.path.join(out, f"{number:05d}.tar")
@@ -63,7 +63,7 @@ def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_s
                 bar.update(len(indices))
                 continue
             samples = []
-            for _, batch in data.once(dataset, indices, batch_size, workers):
+            for _, batch in data.batches_in_order(dataset, indices, batch_size, workers):
                 failures.note(batch)
                 bar.update(len(batch["keys"]) + len(batch["failed"]))
                 if not batch["keys"]:
@@ -78,7 +78,7 @@ def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_s
                         "npy": array.getvalue(), "txt": dataset.caption(index).encode(),
                         "json": json.dumps({**meta, "source": dataset.key(index)}).encode()}))
             if samples:
-                data.write_tar(path, samples)
+                tars.write_tar(path, samples)
     print(f"{out}: latents of {len(dataset) - sum(failures.counts.values()):,} images at "
           f"{image_size} px; train on them with: python stage_c.py --data {out} …")
 
