@@ -37,8 +37,7 @@ import torch.nn.functional as F
 @dataclass(frozen=True)
 class Config:
     # architecture
-    widths: tuple = (192, 384)         # official code. departs: with E.1's "all 384" neither
-                                       # published number of parameters comes out
+    widths: tuple = (192, 384)         # official code; departs: E.1's "all 384" fits no known size
     decoder_blocks: int = 16           # paper, E.1: 23.1 M (its "18M" is `released`, with 12)
     latent_channels: int = 4           # paper, E.1
     codebook_size: int = 8192          # paper, §3.1
@@ -483,7 +482,4 @@ def to_diffusers(model):
 
 if __name__ == "__main__":
     from pocket import shapes
-    config, args = cli.parse(
-        Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
-        out=(None, "folder of this run (default runs/PRESET/stage_a)"))
-    cli.start(train, config, shapes.source(args), args.out or f"runs/{args.preset}/stage_a")
+    training.command("a", train, Config, PRESETS, __doc__, shapes.source)

@@ -533,7 +533,7 @@ def ddpm_sample(model, shape, sem, text, null_sem, null_text, steps=12, guidance
 import data
 import semantic_compressor
 import stage_a
-from plumbing import checkpoint, cli, pictures, training
+from plumbing import checkpoint, pictures, training
 from plumbing.text import text_encoder
 
 
@@ -704,13 +704,4 @@ def to_diffusers(config):
 
 if __name__ == "__main__":
     from pocket import shapes
-    config, args = cli.parse(
-        Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
-        out=(None, "folder of this run (default runs/SIZE/stage_b; of phase 2: stage_b-2)"),
-        stage_a=(None, "Stage A checkpoint (default: stage_a/checkpoint.pt beside --out)"),
-        clip=(None, "local weights of the CLIP text encoder, file or folder (default: the hub)"),
-        init_from=(None, "begin a new run with the weights of this checkpoint (E.2, phase 2)"))
-    size, _, phase = args.preset.partition("-")
-    out = args.out or f"runs/{size}/stage_b" + (f"-{phase}" if phase else "")
-    cli.start(train, config, shapes.source(args), out,
-              args.stage_a or checkpoint.earlier("a", out, args.preset), args.clip, args.init_from)
+    training.command("b", train, Config, PRESETS, __doc__, shapes.source)

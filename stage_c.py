@@ -1,7 +1,7 @@
 """Stage C: draws the Semantic Compressor's tiny latent from text. The text-conditional model.
 
-This is the paper's idea: the latent of a 1024x1024 image is 16x24x24, 42 times smaller on a side and
-341 times in numbers, so the model that has to understand text works on 576 positions, without
+This is the paper's idea: the latent of a 1024x1024 image is 16x24x24, 42 times smaller on a side
+and 341 times in numbers, so the model that has to understand text works on 576 positions, without
 downsampling, and is cheap to train (Würstchen, §3.2 and Appendix E.3).
 
     x_t = sqrt(alpha_bar(t)) x_0 + sqrt(1 - alpha_bar(t)) eps              forward process, §3.2
@@ -582,15 +582,4 @@ def to_diffusers(config):
 
 if __name__ == "__main__":
     from pocket import shapes
-    config, args = cli.parse(
-        Config, PRESETS, __doc__, data=(None, "shards or a folder of captioned images (data.py)"),
-        out=(None, "folder of this run (default runs/SIZE/stage_c; of phase 2: stage_c-2)"),
-        stage_a=(None, "Stage A checkpoint, for previews (stage_a/checkpoint.pt beside --out)"),
-        stage_b=(None, "Stage B checkpoint (default: stage_b/checkpoint.pt beside --out)"),
-        clip=(None, "local weights of the CLIP text encoder, file or folder (default: the hub)"),
-        init_from=(None, "begin a new run with the weights of this checkpoint (E.3: each phase)"))
-    size, _, phase = args.preset.partition("-")
-    out = args.out or f"runs/{size}/stage_c" + (f"-{phase}" if phase else "")
-    cli.start(train, config, shapes.source(args), out,
-              args.stage_a or checkpoint.earlier("a", out, args.preset),
-              args.stage_b or checkpoint.earlier("b", out, args.preset), args.clip, args.init_from)
+    training.command("c", train, Config, PRESETS, __doc__, shapes.source)

@@ -5,6 +5,7 @@ Nothing here owns a loop: a stage's train() says what a step is, and calls these
 
 import ctypes
 import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing import checkpoint
+from plumbing import checkpoint, cli
 from plumbing.cli import UsageError
 
 
@@ -328,3 +329,34 @@ class Run:
 def span(hours):
     """Hours as text; below one, in minutes."""
     return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+
+
+# ---- the command of a stage ----------------------------------------------------------------------
+
+PATHS = {
+    "source": ("data", "shards or a folder of captioned images (data.py)"),
+    "out": ("out", "folder of this run (default: runs/PRESET/stage_?)"),
+    "path_a": ("stage_a", "Stage A checkpoint (default: stage_a/checkpoint.pt beside --out)"),
+    "path_b": ("stage_b", "Stage B checkpoint (default: stage_b/checkpoint.pt beside --out)"),
+    "clip": ("clip", "local weights of the CLIP text encoder, file or folder (default: the hub)"),
+    "init_from": ("init_from", "a new run begins with the weights of this checkpoint (E.2, E.3)")}
+
+
+def command(stage, train, Config, presets, doc, data):
+    """Run train() with what the command line gives; its parameters say which paths it takes.
+
+    stage: "a", "b" or "c". data: a function of the parsed options -> the source to train on.
+    """
+    names = [name for name in inspect.signature(train).parameters if name in PATHS]
+    config, args = cli.parse(Config, presets, doc, **{
+        PATHS[name][0]: (None, PATHS[name][1]) for name in names})
+    size, _, phase = args.preset.partition("-")           # a phase finds the stages before it in
+    out = args.out or f"runs/{size}/stage_{stage}" + (f"-{phase}" if phase else "")   # its size's
+    given = {name: getattr(args, PATHS[name][0]) for name in names}
+
+    def start():
+        given.update(source=data(args), out=out)
+        for name in {"path_a", "path_b"} & set(names):
+            given[name] = given[name] or checkpoint.earlier(name[-1], out, args.preset)
+        train(config, **given)
+    cli.start(start)

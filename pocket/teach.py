@@ -35,7 +35,7 @@ from plumbing import cli, training
 from pocket import shapes
 
 CONFIG = replace(stage_b.PRESETS["pocket"], steps=3000, lr=2e-3, cooldown=1200, save_every=200)
-SEED = 1                                       # of the drawings; pocket/shapes.py for Stage B, has 0
+SEED = 1                                       # of the drawings; Stage B's have 0
 NOISE = 0.3                                    # on latents whose channels have unit variance
 GRID = 3                                       # cells of the latent along a side
 NAMES = {"there": [False, True], "background": list(shapes.BACKGROUNDS),
