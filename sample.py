@@ -249,7 +249,7 @@ def export(chain, folder):
     The text encoders are not written: they are those of warp-ai/wuerstchen and -prior, unchanged.
     Raises UsageError where diffusers has no such network.
     """
-    if chain.b.config.attend_to_sem or chain.b.config.head != "released":
+    if chain.b.config.attend_to_sem or chain.b.config.prediction != "released":
         raise UsageError("diffusers' Stage B does not attend to the compressor's latents and "
                               "has the released head; only one trained with --preset released can "
                               "be exported")

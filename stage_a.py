@@ -27,6 +27,7 @@ A healthy pocket run prints: psnr above 20 after 100 steps and rising, codes_use
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -53,7 +54,8 @@ class Config:
     adversarial_start: int = 10_000    # paper, E.1
     commitment: float = 0.25           # official code
     quantise_drop: float = 0.1         # paper, E.1
-    perceptual: str = "vgg16"          # ours: the paper names no network; "none" needs no download
+    perceptual: Literal["vgg16", "none"] = "vgg16"   # ours: the paper names no network;
+                                       # "none" needs no download
     revive_every: int = 100            # ours: steps between replacements of unused codes
     # data
     resize: int = 256                  # paper, E.1

@@ -34,6 +34,7 @@ import itertools
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -59,8 +60,8 @@ class Config:
     timestep_width: int = 64           # official code
     dropout: float = 0.1               # official code
     attend_to_sem: bool = True         # paper, §3.1, E.2 (released: False, concatenation alone)
-    condition: str = "standardised"    # ours: scale of sem (released: "raw")
-    head: str = "released"             # official code; the paper is silent. pocket: "velocity"
+    condition: Literal["standardised", "raw"] = "standardised"   # ours: the scale of sem
+    prediction: Literal["released", "v"] = "released"   # official code; the paper is silent
     # loss
     weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 1e4
     weight_floor: float = 0.0          # ours, with weight_cap alone; pocket: 0.5
@@ -111,7 +112,7 @@ PRESETS = {
                        compressor="released"),                                         # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(48, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
-        dropout=0.0, head="velocity", weight_cap=1e4, weight_floor=0.5, t_power=1.5, guidance=2.0,
+        dropout=0.0, prediction="v", weight_cap=1e4, weight_floor=0.5, t_power=1.5, guidance=2.0,
         # half of all samples see no text: captions name the colours, and a compressor that can
         # leave them to the text does not learn to say which object has which. Fewer lose the
         # latent or get it noised, because there is time for few steps
@@ -338,7 +339,7 @@ class StageB(nn.Module):
                 LayerNorm2d(widths[i]), nn.ConvTranspose2d(widths[i], widths[i - 1], 2, stride=2))]
             # the U-Net skip enters the first block of each level but the deepest
             self.up_blocks.append(nn.ModuleList(stage(i, widths[i] if i < levels - 1 else 0) + up))
-        out = config.latent_channels * (2 if config.head == "released" else 1)
+        out = config.latent_channels * (2 if config.prediction == "released" else 1)
         self.clf = nn.Sequential(                                         # the output head
             LayerNorm2d(widths[0]),
             nn.Conv2d(widths[0], out * patch, 1),
@@ -360,9 +361,10 @@ class StageB(nn.Module):
                 for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
                     nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
         nn.init.normal_(self.clip_mapper.weight, std=0.02)
+        loud = self.config.prediction == "v"       # departs (pocket): so that sem is heard early
         for layer in self.effnet_mappers:
-            if layer is not None:              # departs (pocket): loud, so that sem is heard early
-                nn.init.normal_(layer.weight, std=0.02 if self.config.head == "released" else 1.0)
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=1.0 if loud else 0.02)
         nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
         nn.init.zeros_(self.clf[1].weight)
 
@@ -410,9 +412,9 @@ class StageB(nn.Module):
                     x = layer(x, *condition)
             return x
 
-        a_bar = alpha_bar(t)[:, None, None, None]                         # for the velocity head
+        a_bar = alpha_bar(t)[:, None, None, None]                         # for prediction v
         x = self.embedding(x_t)                                           # (B, c_0, H_0, W_0)
-        if self.config.head == "velocity":
+        if self.config.prediction == "v":
             # departs (pocket): near t = 1, where only sem and text can tell what to draw, the noise
             # is as loud in the embedding as a picture would be, so it is turned down
             x = x * a_bar.sqrt()
@@ -424,7 +426,7 @@ class StageB(nn.Module):
         for i, layers in enumerate(self.up_blocks):
             mapper = self.effnet_mappers[len(skips) + i]
             x = level(x, layers, mapper, skips[i] if i > 0 else None)
-        if self.config.head == "velocity":
+        if self.config.prediction == "v":
             # departs (pocket): v = sqrt(a_bar) eps - sqrt(1 - a_bar) x_0 (Salimans & Ho, 2022) has
             # the same size at every t. At init v_hat = 0, that is, x_0_hat = sqrt(a_bar) x_t.
             v_hat = self.clf(x).float()                                   # (B, 4, H, W)
@@ -551,7 +553,7 @@ def train(config, source, out, stage_a_path, clip=None, init_from=None):
         raise UsageError("--compressor-share 0 leaves the compressor as it is: give the "
                               "checkpoint with a trained one as --init-from")
     for name, known in dict(condition=("raw", "standardised"),
-                            head=("released", "velocity")).items():
+                            prediction=("released", "v")).items():
         found = getattr(config, name)
         if found not in known:
             raise UsageError(f"--{name} {found}: expected {' or '.join(known)}")

@@ -30,6 +30,7 @@ import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -52,7 +53,7 @@ class Config:
     timestep_width: int = 64           # official code
     dropout: float = 0.1               # official code
     # loss
-    p2: str = "paper"                  # paper, §3.2; "released" is 1 - alpha_bar, "none" is 1
+    p2: Literal["paper", "released", "none"] = "paper"   # paper, §3.2; released: 1 - alpha_bar
     text_drop: float = 0.05            # paper, §3.2
     # data
     text_encoder: str = "clip-h"       # paper, §4

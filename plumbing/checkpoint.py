@@ -81,7 +81,19 @@ def load_checkpoint(path, stage=None):
     if stage is not None and found != stage.replace("compressor", "B"):
         raise UsageError(f"{path}: found a checkpoint of {found!r}, expected one of stage "
                               f"{stage!r}")
-    return state
+    return dict(state, config=translated(state["config"])) if "config" in state else state
+
+
+RENAMED = {"head": ("prediction", {"velocity": "v"})}         # old field -> its name and values now
+
+
+def translated(config):
+    """The config of an older checkpoint with the names and values of today."""
+    out = {}
+    for name, value in config.items():
+        name, values = RENAMED.get(name, (name, {}))
+        out[name] = values.get(value, value)
+    return out
 
 
 def load_shipped(path):

@@ -31,7 +31,7 @@ def test_published_names():
                 "blocks.2.attention.to_out.0.bias", "blocks.2.kv_mapper.1.weight",
                 "out.1.weight"):
         assert key in c
-    b = stage_b.StageB(replace(TINY_B, attend_to_sem=False, head="released")).state_dict()
+    b = stage_b.StageB(replace(TINY_B, attend_to_sem=False, prediction="released")).state_dict()
     for key in ("clip_mapper.weight", "effnet_mappers.1.weight", "effnet_mappers.4.bias",
                 "embedding.1.weight", "down_blocks.1.0.1.weight",
                 "down_blocks.1.3.attention.to_v.weight", "up_blocks.0.6.1.weight", "clf.1.weight"):
@@ -331,7 +331,7 @@ def test_export_and_back(published, tmp_path):
                        chain.a.quantize(chain.a.encode(images))[1])
     assert_close(again.compressor.standardise(again.compressor(pixels)),
                  chain.compressor.standardise(chain.compressor(pixels)))
-    for config in (replace(TINY_B, head="released"), replace(TINY_B, attend_to_sem=False)):
+    for config in (replace(TINY_B, prediction="released"), replace(TINY_B, attend_to_sem=False)):
         chain.b = stage_b.StageB(config)
         with pytest.raises(UsageError, match="--preset released"):
             sample.export(chain, tmp_path / "no")
@@ -348,7 +348,7 @@ def test_released_architecture_trains_and_leaves(published, chain, drawings, tmp
     runs.mkdir()
     (runs / "stage_a").symlink_to(chain / "stage_a")
     a, b = runs / "stage_a/checkpoint.pt", runs / "stage_b/checkpoint.pt"
-    stage_b.train(replace(TINY_B, attend_to_sem=False, head="released", condition="raw",
+    stage_b.train(replace(TINY_B, attend_to_sem=False, prediction="released", condition="raw",
                           text_encoder="clip-h", text_width=32, guidance=1.0),
                   drawings, runs / "stage_b", a, clip)
     stage_c.train(replace(TINY_C, text_encoder="clip-bigg", text_width=48), drawings,

@@ -209,7 +209,7 @@ def test_help(file):
 
 def test_unknown_names_are_refused(chain, drawings, tmp_path):
     """A name that Stage B does not know is refused with those that it knows."""
-    for name, known in (("head", "released or velocity"), ("condition", "raw or standardised"),
+    for name, known in (("prediction", "released or v"), ("condition", "raw or standardised"),
                         ("compressor", "paper, released, pocket")):
         with pytest.raises(UsageError, match=f"--{name} other: expected .*{known}"):
             stage_b.train(replace(TINY_B, **{name: "other"}), drawings, tmp_path / "b",
