@@ -719,51 +719,10 @@ def preview(model, compressor, scale, vqgan, encoder, fixed, path):
     pictures.grid(torch.cat(rows).float().cpu(), columns=len(images)).save(path)
 
 
-# ---- checkpoints: ours, diffusers' and the official ones -----------------------------------------
-
 def load(path, device="cpu"):
-    """Rebuild a trained StageB (its EMA weights), in eval mode, from a checkpoint: ours,
-    a folder that diffusers wrote (WuerstchenDiffNeXt) or an official .pt file.
-    """
+    """A trained StageB (its EMA), in eval mode, from a checkpoint of ours or a published one."""
     from plumbing import checkpoint
-    return checkpoint.rebuild(path, "B", StageB, config_of, device)
-
-
-def config_of(state):
-    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
-    if "diffusers" in state:
-        return from_diffusers(state["diffusers"])
-    return Config(**state["config"]) if "config" in state else PRESETS["released"]
-
-
-DIFFUSERS = dict(c_in="latent_channels", c_out="latent_channels", c_r="timestep_width",
-                 patch_size="patch_size", c_cond="cond_width", clip_embd="text_width",
-                 effnet_embd="sem_channels", dropout="dropout")
-
-
-def from_diffusers(config):
-    """config.json of a WuerstchenDiffNeXt -> Config. What it does not say is as in `released`.
-
-    ValueError where it describes a network that this file cannot build.
-    """
-    ours = replace(PRESETS["released"], widths=tuple(config["c_hidden"]),
-                   heads=tuple(max(0, n) for n in config["nhead"]), blocks=tuple(config["blocks"]),
-                   **{ours: config[theirs] for theirs, ours in DIFFUSERS.items()})
-    expected = to_diffusers(ours)
-    for name in ("level_config", "inject_effnet", "kernel_size", "c_out"):
-        if config.get(name, expected[name]) != expected[name]:
-            raise ValueError(f"{name} is {config[name]}, expected {expected[name]}")
-    return ours
-
-
-def to_diffusers(config):
-    """Config -> config.json of a WuerstchenDiffNeXt, whose attribute names are ours."""
-    return {"_class_name": "WuerstchenDiffNeXt", "kernel_size": 3,
-            **{theirs: getattr(config, ours) for theirs, ours in DIFFUSERS.items()},
-            "c_hidden": list(config.widths), "nhead": [n or -1 for n in config.heads],
-            "blocks": list(config.blocks),
-            "level_config": ["CTA" if n else "CT" for n in config.heads],
-            "inject_effnet": [n > 0 for n in config.heads]}
+    return checkpoint.rebuild(path, "B", StageB, PRESETS["released"], device)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ A healthy pocket run prints: error by noise level starting near [t<.25 1.6 | .5 
 import copy
 import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -594,38 +594,10 @@ def interpolate(paths, out, share=0.5):
     print(f"{out}/checkpoint.pt: {1 - share:g} of {paths[0]} and {share:g} of {paths[1]}")
 
 
-# ---- checkpoints: ours, diffusers' and the official ones -----------------------------------------
-
 def load(path, device="cpu"):
-    """Rebuild a trained StageC (its EMA weights), in eval mode, from a checkpoint: ours,
-    a folder that diffusers wrote (WuerstchenPrior) or an official .pt file.
-    """
+    """A trained StageC (its EMA), in eval mode, from a checkpoint of ours or a published one."""
     from plumbing import checkpoint
-    return checkpoint.rebuild(path, "C", StageC, config_of, device)
-
-
-def config_of(state):
-    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
-    if "diffusers" in state:
-        return from_diffusers(state["diffusers"])
-    released = replace(PRESETS["released"], image_size=1024)
-    return Config(**state["config"]) if "config" in state else released
-
-
-DIFFUSERS = dict(c_in="latent_channels", c="width", depth="depth", nhead="heads",
-                 c_cond="text_width", c_r="timestep_width", dropout="dropout")
-
-
-def from_diffusers(config):
-    """config.json of a WuerstchenPrior -> Config. What it does not say is as in `released`."""
-    return replace(PRESETS["released"], image_size=1024,
-                   **{ours: config[theirs] for theirs, ours in DIFFUSERS.items()})
-
-
-def to_diffusers(config):
-    """Config -> config.json of a WuerstchenPrior, whose attribute names are ours."""
-    return {"_class_name": "WuerstchenPrior",
-            **{theirs: getattr(config, ours) for theirs, ours in DIFFUSERS.items()}}
+    return checkpoint.rebuild(path, "C", StageC, PRESETS["released"], device)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from plumbing.cli import UsageError
 
@@ -50,19 +49,19 @@ def save_checkpoint(path, state):
     os.close(folder)
 
 
-def load_checkpoint(path, stage=None):
+def load_checkpoint(path, stage):
     """Read a checkpoint to the CPU, never unpickling code. Four forms, one result, a dict:
 
     ours               what save_checkpoint wrote
     a .safetensors     the small weights of the repository, written by pocket/ship.py
-    a folder           config.json (here as "diffusers") and safetensors (as "ema"), by diffusers
-    an official .pt    its weights as "ema", with the names of OFFICIAL_NAMES replaced
+    a folder or .pt    of diffusers or of the official code: published/weights.py
     stage: "A", "B" or "C", or "compressor" (which also finds the one inside a Stage B checkpoint).
     Raises UsageError, one sentence, if it is missing, damaged or of another stage.
     """
     path = Path(path)
     if path.is_dir():
-        return load_diffusers(path, stage)
+        from published import weights                         # for foreign files alone
+        return weights.read_folder(path, stage)
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected a checkpoint of stage {stage}")
     try:
@@ -71,17 +70,15 @@ def load_checkpoint(path, stage=None):
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, SafetensorError,
             pickle.UnpicklingError) as error:
         raise UsageError(f"{path}: not a readable checkpoint "
-                              f"({str(error).splitlines()[0]})") from None
+                         f"({str(error).splitlines()[0]})") from None
     if isinstance(state, dict) and {"state_dict", "ema_state_dict"} & set(state):
-        weights = official(state.get("ema_state_dict") or state["state_dict"])
-        state = {"stage": stage.replace("compressor", "B") if stage else "official",
-                 "model": weights, "ema": weights,
-                 "compressor_ema": state.get("effnet_state_dict", {})}
+        from published import weights
+        return weights.read_official(state, stage)
     found = state.get("stage") if isinstance(state, dict) else type(state).__name__
-    if stage is not None and found != stage.replace("compressor", "B"):
+    if found != stage.replace("compressor", "B"):
         raise UsageError(f"{path}: found a checkpoint of {found!r}, expected one of stage "
-                              f"{stage!r}")
-    return dict(state, config=translated(state["config"])) if "config" in state else state
+                         f"{stage!r}")
+    return dict(state, config=translated(state.get("config", {})))
 
 
 RENAMED = {"head": ("prediction", {"velocity": "v"})}         # old field -> its name and values now
@@ -114,71 +111,35 @@ def load_shipped(path):
     return state
 
 
-DIFFUSERS_CLASSES = {"A": "PaellaVQModel", "B": "WuerstchenDiffNeXt", "C": "WuerstchenPrior",
-                     "compressor": "EfficientNetEncoder"}
+def rebuild(path, stage, Model, released, device):
+    """The trained Model, in eval mode on `device`, from any form of a checkpoint.
 
-
-def load_diffusers(folder, stage):
-    """A folder with config.json and diffusion_pytorch_model.safetensors: names as they are."""
+    released: the Config that a published checkpoint changes. Of B, C and the compressor it has the
+    averaged weights.
+    """
+    state, part = load_checkpoint(path, stage), "compressor_" if stage == "compressor" else ""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{folder}: expected a folder in diffusers' layout, config.json and "
-                              f"diffusion_pytorch_model.safetensors ({error})") from None
-    found = config.get("_class_name")
-    if stage is not None and found != DIFFUSERS_CLASSES[stage]:
-        raise UsageError(f"{folder}: found a {found}, expected {DIFFUSERS_CLASSES[stage]}")
-    return {"stage": stage, "diffusers": config, "model": tensors, "ema": tensors,
-            "compressor_ema": tensors}
-
-
-def save_diffusers(folder, config, tensors):
-    """Write what load_diffusers and diffusers' from_pretrained read."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    save_file(tensors, Path(folder) / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-OFFICIAL_NAMES = {"vquantizer.codebook.": "vquantizer.embedding.",
-                  "attention.attn.out_proj.": "attention.to_out.0.",
-                  "attention.attn.in_proj_weight": ("to_q.weight", "to_k.weight", "to_v.weight"),
-                  "attention.attn.in_proj_bias": ("to_q.bias", "to_k.bias", "to_v.bias")}
-
-
-def official(tensors):
-    """Weights by the names of the official .pt files -> by those of the diffusers folders."""
-    renamed = {}
-    for name, value in tensors.items():
-        for theirs, ours in OFFICIAL_NAMES.items():
-            if theirs in name and isinstance(ours, tuple):        # q, k, v are one matrix there
-                head = name.partition("attn.")[0]
-                renamed.update(zip([head + one for one in ours], value.chunk(3)))
-                break
-            name = name.replace(theirs, ours if isinstance(ours, str) else theirs)
-        else:
-            renamed[name] = value
-    return renamed
-
-
-def rebuild(path, stage, Model, config_of, device, weights="ema"):
-    """Model(config_of(state)) with its weights, in eval mode, from any form of a checkpoint."""
-    state = load_checkpoint(path, stage)
-    try:
-        config = config_of(state)
-        with torch.device("meta"):             # no initial weights: no time, no random numbers
-            model = Model(config)
-        tensors = {name: value.float() if value.is_floating_point() else value
-                   for name, value in state[weights].items()}
-        model.load_state_dict(tensors, assign=True)
+        base = released if state.get("published") else type(released)()
+        config = dataclasses.replace(base, **state[part + "config"])
+        model = build(Model, config, state["model" if stage == "A" else part + "ema"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         lines = str(error).splitlines()
         what = (lines[1] if len(lines) > 1 else str(error)).strip()[:300]
         raise UsageError(f"{path}: does not hold the weights of {Model.__name__}: {what}"
-                              ) from None
-    return model.to(device).eval().requires_grad_(False)
+                         ) from None
+    return model.to(device)
 
+
+def build(Model, config, tensors):
+    """Model(config) with these weights: on the CPU, float32, in eval mode."""
+    with torch.device("meta"):                 # no initial weights: no time, no random numbers
+        model = Model(config)
+    model.load_state_dict({name: value.cpu().float() if value.is_floating_point() else value.cpu()
+                           for name, value in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+# ---- a run that goes on --------------------------------------------------------------------------
 
 def random_state(device):
     """The state of torch's random numbers, for a checkpoint."""
