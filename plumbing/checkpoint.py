@@ -1,10 +1,13 @@
 """Checkpoints: written whole or not at all, read without running code, refused with a sentence."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import torch
@@ -115,7 +118,7 @@ def rebuild(path, stage, Model, released, device):
     """The trained Model, in eval mode on `device`, from any form of a checkpoint.
 
     released: the Config that a published checkpoint changes. Of B, C and the compressor it has the
-    averaged weights.
+    averaged weights. Warns if Model computes something else than when the checkpoint was written.
     """
     state, part = load_checkpoint(path, stage), "compressor_" if stage == "compressor" else ""
     try:
@@ -127,6 +130,10 @@ def rebuild(path, stage, Model, released, device):
         what = (lines[1] if len(lines) > 1 else str(error)).strip()[:300]
         raise UsageError(f"{path}: does not hold the weights of {Model.__name__}: {what}"
                          ) from None
+    differs = edited(model, state.get(part + "probe", {}))
+    if differs:
+        print(f"{path}: Stage {stage} no longer computes what it did when this checkpoint was "
+              f"written ({differs}): its code was edited since", file=sys.stderr, flush=True)
     return model.to(device)
 
 
@@ -137,6 +144,47 @@ def build(Model, config, tensors):
     model.load_state_dict({name: value.cpu().float() if value.is_floating_point() else value.cpu()
                            for name, value in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
+
+
+# ---- what the code computed when the checkpoint was written --------------------------------------
+
+@torch.no_grad()
+def probe(model):
+    """What a Stage A, B or C computes: {"output": 16 numbers; of B and C "alpha_bar": at five t}.
+
+    Of one fixed input on the smallest grid, on the CPU. {} for a model that does not take it.
+    """
+    config, found = model.config, {}
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    schedule = getattr(sys.modules[type(model).__module__], "alpha_bar", None)
+    try:
+        model = build(type(model), config, model.state_dict())
+        if schedule is None:                                  # Stage A
+            output = model.decode(model.encode(draw(1, 3, 16, 16)))
+        else:
+            found["alpha_bar"], sem, side = schedule(torch.linspace(0, 1, 5)).tolist(), (), 2
+            if hasattr(config, "sem_channels"):               # Stage B
+                sem = [draw(1, config.sem_channels, 3, 3)]
+                side = config.patch_size * 2 ** (len(config.widths) - 1)
+            output = model(draw(1, config.latent_channels, side, side), torch.tensor([0.5]),
+                           *sem, draw(1, 2, config.text_width))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return {}
+    return dict(found, output=output.flatten()[::max(1, output.numel() // 16 - 1)][:16].tolist())
+
+
+def edited(model, kept):
+    """How the probe of `model` differs from `kept`, in words; "" if it does not.
+
+    Other machines, TF32 and weights rounded to float16 change an output by less than is allowed.
+    """
+    now, words = probe(model) if kept else {}, []
+    for name, old in kept.items():
+        old = torch.tensor(old)
+        off = (torch.tensor(now.get(name, [math.nan])) - old).abs().max()
+        if not off <= (1e-5 if name == "alpha_bar" else 0.02 * old.std()):     # or it is NaN
+            words.append(f"{name} differs by {off:.2g}")
+    return ", ".join(words)
 
 
 # ---- a run that goes on --------------------------------------------------------------------------

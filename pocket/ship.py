@@ -84,7 +84,8 @@ def write(path, state, tensors, origin):
 def ship(paths, out):
     """paths: as sample.find returns them. Writes three files into the folder `out`."""
     states = {stage: checkpoint.load_checkpoint(paths[stage], stage.upper()) for stage in "abc"}
-    kept = ("stage", "config", "step", "samples", "compressor_config", "text_encoder")
+    kept = ("stage", "config", "step", "samples", "compressor_config", "text_encoder",
+            "probe")
     about = {stage: {name: state[name] for name in kept if name in state}
              for stage, state in states.items()}
     a = rounded(states["a"]["model"])
