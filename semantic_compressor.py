@@ -199,33 +199,8 @@ def imagenet_weights(model):
 
 
 def load(path, device="cpu"):
-    """Rebuild the trained compressor, in eval mode, from the Stage B checkpoint that holds it, from
-    a folder that diffusers wrote (EfficientNetEncoder) or from an official Stage B .pt file.
-    """
-    return checkpoint.rebuild(path, "compressor", SemanticCompressor, config_of, device,
-                              "compressor_ema")
-
-
-def config_of(state):
-    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
-    config, released = state.get("diffusers"), PRESETS["released"]
-    if config:                                 # the scale is there if we wrote it
-        return replace(released, latent_channels=config["c_latent"],
-                       backbone=config["effnet"],
-                       latent_mean=config.get("latent_mean", released.latent_mean),
-                       latent_std=config.get("latent_std", released.latent_std))
-    return Config(**state["compressor_config"]) if "compressor_config" in state else released
-
-
-def to_diffusers(model):
-    """A SemanticCompressor -> (config.json, tensors) of an EfficientNetEncoder, and its scale."""
-    config, tensors = model.config, dict(model.state_dict())
-    if not config.affine:                      # there the last norm has a scale and a shift
-        tensors["mapper.1.weight"] = torch.ones(config.latent_channels)
-        tensors["mapper.1.bias"] = torch.zeros(config.latent_channels)
-    return {"_class_name": "EfficientNetEncoder", "c_latent": config.latent_channels,
-            "c_cond": model.mapper[0].in_channels, "effnet": config.backbone,
-            "latent_mean": config.latent_mean, "latent_std": config.latent_std}, tensors
+    """The trained compressor, in eval mode, from a Stage B checkpoint or a published one."""
+    return checkpoint.rebuild(path, "compressor", SemanticCompressor, PRESETS["released"], device)
 
 
 def cached(source, compressor):

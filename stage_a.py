@@ -26,6 +26,7 @@ A healthy pocket run prints: psnr above 20 after 100 steps and rising, codes_use
 """
 
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -51,7 +52,8 @@ class Config:
     adversarial_start: int = 10_000    # paper, E.1
     commitment: float = 0.25           # official code
     quantise_drop: float = 0.1         # paper, E.1
-    perceptual: str = "vgg16"          # ours: the paper names no network; "none" needs no download
+    perceptual: Literal["vgg16", "none"] = "vgg16"   # ours: the paper names no network;
+                                       # "none" needs no download
     revive_every: int = 100            # ours: steps between replacements of unused codes
     # data
     resize: int = 256                  # paper, E.1
@@ -435,49 +437,9 @@ def preview(model, images, path):
     pictures.grid(torch.cat(rows).float().cpu(), columns=len(images), scale=2).save(path)
 
 
-# ---- checkpoints: ours, diffusers' and the official ones -----------------------------------------
-
 def load(path, device="cpu"):
-    """Rebuild a trained StageA, in eval mode, from a checkpoint: ours,
-    a folder that diffusers wrote (PaellaVQModel) or an official .pt file.
-    """
-    return checkpoint.rebuild(path, "A", StageA, config_of, device, "model")
-
-
-def config_of(state):
-    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
-    if "diffusers" in state:
-        return from_diffusers(state["diffusers"])
-    return Config(**state["config"]) if "config" in state else PRESETS["released"]
-
-
-def from_diffusers(config):
-    """config.json of a PaellaVQModel -> Config. What it does not say is as in `released`."""
-    if config.get("levels", 2) != 2 or config.get("up_down_scale_factor", 2) != 2:
-        raise ValueError("expected 2 levels and an up_down_scale_factor of 2")
-    return replace(PRESETS["released"], widths=(config["embed_dim"] // 2, config["embed_dim"]),
-                   decoder_blocks=config["bottleneck_blocks"],
-                   latent_channels=config["latent_channels"],
-                   codebook_size=config["num_vq_embeddings"], latent_std=config["scale_factor"])
-
-
-def to_diffusers(model):
-    """A StageA -> (config.json, tensors) of a PaellaVQModel, which knows a scale but no mean.
-
-    So the mean of the latents moves into the weights on both sides of them: into the bias of the
-    last norm before and of the convolution after them, and out of the codes.
-    """
-    config, tensors = model.config, dict(model.state_dict())
-    if 2 * config.widths[0] != config.widths[1]:
-        raise ValueError(f"diffusers has no Stage A of widths {config.widths}, only (c, 2 c)")
-    first = tensors["up_blocks.0.0.weight"].sum((1, 2, 3))                # (c1,)
-    tensors["up_blocks.0.0.bias"] = tensors["up_blocks.0.0.bias"] + first * config.latent_mean
-    for name in ("down_blocks.3.1.bias", "vquantizer.embedding.weight"):
-        tensors[name] = tensors[name] - config.latent_mean
-    return {"_class_name": "PaellaVQModel", "in_channels": 3, "out_channels": 3, "levels": 2,
-            "up_down_scale_factor": 2, "bottleneck_blocks": config.decoder_blocks,
-            "embed_dim": config.widths[1], "latent_channels": config.latent_channels,
-            "num_vq_embeddings": config.codebook_size, "scale_factor": config.latent_std}, tensors
+    """A trained StageA, in eval mode, from a checkpoint of ours or a published one."""
+    return checkpoint.rebuild(path, "A", StageA, PRESETS["released"], device)
 
 
 if __name__ == "__main__":

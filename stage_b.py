@@ -32,7 +32,8 @@ longest: large ones come out between 4,000 and 11,000 steps, small ones are stil
 import copy
 import itertools
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -56,8 +57,8 @@ class Config:
     timestep_width: int = 64           # official code
     dropout: float = 0.1               # official code
     attend_to_sem: bool = True         # paper, §3.1, E.2 (released: False, concatenation alone)
-    condition: str = "standardised"    # ours: scale of sem (released: "raw")
-    head: str = "released"             # official code; the paper is silent. pocket: "velocity"
+    condition: Literal["standardised", "raw"] = "standardised"   # ours: the scale of sem
+    prediction: Literal["released", "v"] = "released"   # official code; the paper is silent
     # loss
     weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 1e4
     weight_floor: float = 0.0          # ours, with weight_cap alone; pocket: 0.5
@@ -109,7 +110,7 @@ PRESETS = {
                        compressor="released"),                                         # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(48, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
-        dropout=0.0, head="velocity", weight_cap=1e4, weight_floor=0.5, t_power=1.5, guidance=2.0,
+        dropout=0.0, prediction="v", weight_cap=1e4, weight_floor=0.5, t_power=1.5, guidance=2.0,
         # half of all samples see no text: captions name the colours, and a compressor that can
         # leave them to the text does not learn to say which object has which. Fewer lose the
         # latent or get it noised, because there is time for few steps
@@ -336,7 +337,7 @@ class StageB(nn.Module):
                 LayerNorm2d(widths[i]), nn.ConvTranspose2d(widths[i], widths[i - 1], 2, stride=2))]
             # the U-Net skip enters the first block of each level but the deepest
             self.up_blocks.append(nn.ModuleList(stage(i, widths[i] if i < levels - 1 else 0) + up))
-        out = config.latent_channels * (2 if config.head == "released" else 1)
+        out = config.latent_channels * (2 if config.prediction == "released" else 1)
         self.clf = nn.Sequential(                                         # the output head
             LayerNorm2d(widths[0]),
             nn.Conv2d(widths[0], out * patch, 1),
@@ -358,9 +359,10 @@ class StageB(nn.Module):
                 for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
                     nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
         nn.init.normal_(self.clip_mapper.weight, std=0.02)
+        loud = self.config.prediction == "v"       # departs (pocket): so that sem is heard early
         for layer in self.effnet_mappers:
-            if layer is not None:              # departs (pocket): loud, so that sem is heard early
-                nn.init.normal_(layer.weight, std=0.02 if self.config.head == "released" else 1.0)
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=1.0 if loud else 0.02)
         nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
         nn.init.zeros_(self.clf[1].weight)
 
@@ -408,9 +410,9 @@ class StageB(nn.Module):
                     x = layer(x, *condition)
             return x
 
-        a_bar = alpha_bar(t)[:, None, None, None]                         # for the velocity head
+        a_bar = alpha_bar(t)[:, None, None, None]                         # for prediction v
         x = self.embedding(x_t)                                           # (B, c_0, H_0, W_0)
-        if self.config.head == "velocity":
+        if self.config.prediction == "v":
             # departs (pocket): near t = 1, where only sem and text can tell what to draw, the noise
             # is as loud in the embedding as a picture would be, so it is turned down
             x = x * a_bar.sqrt()
@@ -422,7 +424,7 @@ class StageB(nn.Module):
         for i, layers in enumerate(self.up_blocks):
             mapper = self.effnet_mappers[len(skips) + i]
             x = level(x, layers, mapper, skips[i] if i > 0 else None)
-        if self.config.head == "velocity":
+        if self.config.prediction == "v":
             # departs (pocket): v = sqrt(a_bar) eps - sqrt(1 - a_bar) x_0 (Salimans & Ho, 2022) has
             # the same size at every t. At init v_hat = 0, that is, x_0_hat = sqrt(a_bar) x_t.
             v_hat = self.clf(x).float()                                   # (B, 4, H, W)
@@ -534,7 +536,8 @@ import data
 import semantic_compressor
 import stage_a
 from plumbing import checkpoint, pictures, training
-from plumbing.text import text_encoder
+from plumbing.cli import UsageError
+from plumbing.text import known_text_encoder, text_encoder
 
 
 def train(config, source, out, path_a, clip=None, init_from=None):
@@ -644,62 +647,76 @@ def preview(model, compressor, measured, vqgan, encoder, fixed, path):
 
     measured: the compressor's Config with the scale of its latents.
     """
-    images, text = fixed["images"][:8], encoder(fixed["captions"][:8])
-    raw = compressor(semantic_compressor.resize(images))
-    mean, std = measured.latent_mean, measured.latent_std
-    sem = raw if model.config.condition == "raw" else (raw - mean) / std
-    latents = vqgan.encode(images)
-    generators = [torch.Generator().manual_seed(index) for index in range(len(images))]
-    drawn = ddpm_sample(model, latents.shape, sem, text, torch.zeros_like(sem), text, guidance=1,
-                        x=vqgan.random_tokens(latents.shape, generators), generator=generators)
-    rows = [images, vqgan.decode(latents), vqgan.decode(vqgan.unstandardise(drawn))]
+    images, captions = fixed["images"][:8], fixed["captions"][:8]
+    scale = measured.latent_mean, measured.latent_std
+    latents = (compressor(semantic_compressor.resize(images)) - scale[0]) / scale[1]
+    drawn = draw_images(Decoder(vqgan, model, compressor, scale, encoder), latents, captions,
+                        range(len(images)), guidance=1)
+    rows = [images, vqgan.decode(vqgan.encode(images)), drawn]
     pictures.grid(torch.cat(rows).float().cpu(), columns=len(images)).save(path)
 
 
-# ---- checkpoints: ours, diffusers' and the official ones -----------------------------------------
+# ---- trained: from the compressor's latents to pixels --------------------------------------------
 
 def load(path, device="cpu"):
-    """Rebuild a trained StageB (its EMA weights), in eval mode, from a checkpoint: ours,
-    a folder that diffusers wrote (WuerstchenDiffNeXt) or an official .pt file.
+    """A trained StageB (its EMA), in eval mode, from a checkpoint of ours or a published one."""
+    return checkpoint.rebuild(path, "B", StageB, PRESETS["released"], device)
+
+
+@dataclass
+class Decoder:
+    """Stages A and B, trained on each other, and what B reads; all in eval mode."""
+    a: stage_a.StageA
+    b: StageB
+    compressor: semantic_compressor.SemanticCompressor    # None: not among the weights
+    scale: tuple                                          # (mean, std) of its raw latents
+    text_b: torch.nn.Module                               # the text encoder
+
+
+def load_decoder(a, b, compressor=None, clip=None, device="cpu"):
+    """Load checkpoints a and b and the text encoder that B names, as published ones: CLIP-H.
+
+    compressor: None where it is in b. clip: weights of the text encoder. Raises UsageError: a
+    missing file, a checkpoint of another stage, or stages that were not trained on each other.
     """
-    return checkpoint.rebuild(path, "B", StageB, config_of, device)
+    known = checkpoint.load_checkpoint(b, "B")
+    vqgan, model, net = stage_a.load(a, device), load(b, device), None
+    if compressor or known.get("compressor_ema"):
+        net = semantic_compressor.load(compressor or b, device)
+    if known.get("stage_a") not in (None, checkpoint.checksum(vqgan.state_dict())):
+        raise UsageError(f"{b}: trained on the latents of another Stage A than {a}; give the one "
+                         "it was trained with")
+    released = semantic_compressor.PRESETS["released"]
+    return Decoder(vqgan, model, net, net.scale if net else (released.latent_mean,
+                                                             released.latent_std),
+                   known_text_encoder(b, known, "clip-h", clip, device, model.config.text_width))
 
 
-def config_of(state):
-    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
-    if "diffusers" in state:
-        return from_diffusers(state["diffusers"])
-    return Config(**state["config"]) if "config" in state else PRESETS["released"]
+def generators(seeds):
+    """One stream of random numbers per picture, always on the CPU: the same on any machine."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-DIFFUSERS = dict(c_in="latent_channels", c_out="latent_channels", c_r="timestep_width",
-                 patch_size="patch_size", c_cond="cond_width", clip_embd="text_width",
-                 effnet_embd="sem_channels", dropout="dropout")
+@torch.no_grad()
+def draw_images(decoder, latents, prompts, seeds, steps=12, guidance=None, start=None, negative="",
+                history=None):
+    """Stages B and A: standardised compressor latents (B, 16, h, w) -> (B, 3, 128h/3, 128w/3).
 
-
-def from_diffusers(config):
-    """config.json of a WuerstchenDiffNeXt -> Config. What it does not say is as in `released`.
-
-    ValueError where it describes a network that this file cannot build.
+    guidance: None is Stage B's own (its Config). start: "tokens" (§3.3); "gaussian" for the
+    released kind; None is that default. Images are about [0, 1], not clamped.
     """
-    ours = replace(PRESETS["released"], widths=tuple(config["c_hidden"]),
-                   heads=tuple(max(0, n) for n in config["nhead"]), blocks=tuple(config["blocks"]),
-                   **{ours: config[theirs] for theirs, ours in DIFFUSERS.items()})
-    expected = to_diffusers(ours)
-    for name in ("level_config", "inject_effnet", "kernel_size", "c_out"):
-        if config.get(name, expected[name]) != expected[name]:
-            raise ValueError(f"{name} is {config[name]}, expected {expected[name]}")
-    return ours
-
-
-def to_diffusers(config):
-    """Config -> config.json of a WuerstchenDiffNeXt, whose attribute names are ours."""
-    return {"_class_name": "WuerstchenDiffNeXt", "kernel_size": 3,
-            **{theirs: getattr(config, ours) for theirs, ours in DIFFUSERS.items()},
-            "c_hidden": list(config.widths), "nhead": [n or -1 for n in config.heads],
-            "blocks": list(config.blocks),
-            "level_config": ["CTA" if n else "CT" for n in config.heads],
-            "inject_effnet": [n > 0 for n in config.heads]}
+    model, (mean, std) = decoder.b, decoder.scale
+    raw = model.config.condition == "raw"
+    sem = latents * std + mean if raw else latents
+    shape = (len(latents), model.config.latent_channels,
+             latents.shape[2] * 32 // 3, latents.shape[3] * 32 // 3)
+    guidance = model.config.guidance if guidance is None else guidance
+    noise = generators((seed + 2 ** 31) % 2 ** 32 for seed in seeds)      # not the noise of Stage C
+    start = ("gaussian" if raw else "tokens") if start is None else start
+    x = decoder.a.random_tokens(shape, noise) if start == "tokens" else None
+    drawn = ddpm_sample(model, shape, sem, decoder.text_b(prompts), torch.zeros_like(sem),
+                        decoder.text_b([negative]), steps, guidance, x, noise, history)
+    return decoder.a.decode(decoder.a.unstandardise(drawn))
 
 
 if __name__ == "__main__":

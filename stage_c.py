@@ -27,8 +27,9 @@ A healthy pocket run prints: error by noise level starting near [t<.25 1.6 | .5 
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -51,7 +52,7 @@ class Config:
     timestep_width: int = 64           # official code
     dropout: float = 0.1               # official code
     # loss
-    p2: str = "paper"                  # paper, §3.2; "released" is 1 - alpha_bar, "none" is 1
+    p2: Literal["paper", "released", "none"] = "paper"   # paper, §3.2; released: 1 - alpha_bar
     text_drop: float = 0.05            # paper, §3.2
     # data
     text_encoder: str = "clip-h"       # paper, §4
@@ -428,6 +429,7 @@ RELEASED_LEVELS = (*(1 - i / 57 for i in range(20)), *((10 - i) / 15 for i in ra
 
 import data
 import semantic_compressor
+import stage_b
 from plumbing import checkpoint, cli, pictures, training
 from plumbing.text import text_encoder
 
@@ -460,7 +462,8 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None):
     if config.remember:
         dataset = data.remember(dataset, targets, label="compressor latents and text tokens")
     captions = next(data.stream(dataset, 16, config.seed))["captions"]    # of the previews
-    check_preview(path_a, path_b, clip)
+    if Path(path_a).exists():                          # fail now, not at the first preview
+        stage_b.load_decoder(path_a, path_b, clip=clip)
 
     run = training.Run("C", config, out, device, init_from, samples=len(dataset),
                        compressor=checkpoint.checksum(compressor.state_dict()),
@@ -525,13 +528,6 @@ def training_data(config, source, compressor):
         filters=data.filters(config))
 
 
-def check_preview(path_a, path_b, clip):
-    """Load what previews need, so that a fault is found now and not at the first preview."""
-    import sample
-    if Path(path_a).exists():
-        sample.load_chain(path_a, path_b, clip=clip)
-
-
 @torch.no_grad()
 def preview(model, encoder, captions, path_a, path_b, clip, path):
     """Sixteen captions of the data at fixed noise, decoded by B and A if there is a Stage A."""
@@ -540,44 +536,16 @@ def preview(model, encoder, captions, path_a, path_b, clip, path):
     latents = ddpm_sample(model, (len(captions), model.config.latent_channels, side, side),
                           encoder(captions), encoder([""]), steps=20, generator=generators)
     if Path(path_a).exists():
-        import sample
-        images = sample.decode(latents, captions, path_a, path_b, clip)
+        decoder = stage_b.load_decoder(path_a, path_b, clip=clip, device=latents.device)
+        images = stage_b.draw_images(decoder, latents, captions, range(len(captions)))
     else:
         images = pictures.latent_picture(latents)
     pictures.grid(images.float().cpu(), 4, captions).save(path)
 
 
-# ---- checkpoints: ours, diffusers' and the official ones -----------------------------------------
-
 def load(path, device="cpu"):
-    """Rebuild a trained StageC (its EMA weights), in eval mode, from a checkpoint: ours,
-    a folder that diffusers wrote (WuerstchenPrior) or an official .pt file.
-    """
-    return checkpoint.rebuild(path, "C", StageC, config_of, device)
-
-
-def config_of(state):
-    """The Config of a checkpoint; the official files have none, they are the `released` preset."""
-    if "diffusers" in state:
-        return from_diffusers(state["diffusers"])
-    released = replace(PRESETS["released"], image_size=1024)
-    return Config(**state["config"]) if "config" in state else released
-
-
-DIFFUSERS = dict(c_in="latent_channels", c="width", depth="depth", nhead="heads",
-                 c_cond="text_width", c_r="timestep_width", dropout="dropout")
-
-
-def from_diffusers(config):
-    """config.json of a WuerstchenPrior -> Config. What it does not say is as in `released`."""
-    return replace(PRESETS["released"], image_size=1024,
-                   **{ours: config[theirs] for theirs, ours in DIFFUSERS.items()})
-
-
-def to_diffusers(config):
-    """Config -> config.json of a WuerstchenPrior, whose attribute names are ours."""
-    return {"_class_name": "WuerstchenPrior",
-            **{theirs: getattr(config, ours) for theirs, ours in DIFFUSERS.items()}}
+    """A trained StageC (its EMA), in eval mode, from a checkpoint of ours or a published one."""
+    return checkpoint.rebuild(path, "C", StageC, PRESETS["released"], device)
 
 
 if __name__ == "__main__":

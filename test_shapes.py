@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 from torch.testing import assert_close
 
-import sample
 import semantic_compressor
 import stage_a
 import stage_b
@@ -127,10 +126,11 @@ def test_four_level_b():
             model(torch.randn(2, 4, 24, 32), t, sem, text)
 
 
-@pytest.mark.parametrize("head", ["released", "velocity"])
-def test_every_parameter_has_a_gradient(head):
+@pytest.mark.parametrize("prediction", ["released", "v"])
+def test_every_parameter_has_a_gradient(prediction):
     """One loss reaches every parameter of A, B, the compressor and C: none is made but unused."""
-    a, b = shake(stage_a.StageA(TINY_A)), shake(stage_b.StageB(replace(TINY_B, head=head)))
+    a = shake(stage_a.StageA(TINY_A))
+    b = shake(stage_b.StageB(replace(TINY_B, prediction=prediction)))
     c = shake(stage_c.StageC(TINY_C))
     compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])
     stage_a.loss(a, torch.rand(4, 3, 32, 64))[0].backward()
@@ -147,20 +147,20 @@ def test_every_parameter_has_a_gradient(head):
 
 def test_initial_outputs():
     """At init eps_hat is x_t / (1 + 1e-5) in Stage C (§3.2), 2 x_t in Stage B (released head);
-    with its velocity head v_hat is 0, so that x_0_hat is sqrt(alpha_bar) x_t."""
+    with prediction v, v_hat is 0, so that x_0_hat is sqrt(alpha_bar) x_t."""
     x, t, text = torch.randn(2, 16, 3, 5), torch.rand(2), torch.randn(2, *TEXT)
     assert_close(stage_c.StageC(TINY_C)(x, t, text), x / (1 + 1e-5))
     x = torch.randn(2, 4, 16, 32)
     sem = torch.randn(2, 16, 3, 6)
-    assert_close(stage_b.StageB(replace(TINY_B, head="released"))(x, t, sem, text), 2 * x)
+    assert_close(stage_b.StageB(replace(TINY_B, prediction="released"))(x, t, sem, text), 2 * x)
     a = stage_b.alpha_bar(t).view(-1, 1, 1, 1)
-    eps_hat = stage_b.StageB(replace(TINY_B, head="velocity"))(x, t, sem, text)
+    eps_hat = stage_b.StageB(replace(TINY_B, prediction="v"))(x, t, sem, text)
     assert_close((x - (1 - a).sqrt() * eps_hat) / a.sqrt(), a.sqrt() * x, atol=1e-4, rtol=1e-4)
 
 
-def test_velocity_head():
-    """eps_hat and x_0_hat of the velocity head fit v_hat at every t; x_t hardly counts at 1."""
-    model = shake(stage_b.StageB(replace(TINY_B, head="velocity"))).eval()
+def test_prediction_v():
+    """eps_hat and x_0_hat of prediction v fit v_hat at every t; x_t hardly counts at 1."""
+    model = shake(stage_b.StageB(replace(TINY_B, prediction="v"))).eval()
     x, sem, text = torch.randn(2, 4, 16, 16), torch.randn(2, 16, 3, 3), torch.randn(2, *TEXT)
     found = []
     model.clf.register_forward_hook(lambda *given: found.append(given[2]))
@@ -496,21 +496,21 @@ def test_overfit_c_two_captions():
 
     def draw(text):
         return stage_c.ddpm_sample(model.eval(), x_0.shape, text, null, steps=20, guidance=1,
-                                   generator=sample.generators([3, 4]))
+                                   generator=stage_b.generators([3, 4]))
     for result, target in ((draw(text), x_0), (draw(text.flip(0)), x_0.flip(0))):
         right, wrong = (result - target).square().mean(), (result - target.flip(0)).square().mean()
         assert right < 0.3 and wrong > 3 * right, (right, wrong)
 
 
-@pytest.mark.parametrize("head, cap, width, lr", [("released", 20.0, 16, 4e-3),
-                                                  ("velocity", 1e4, 32, 8e-3)])
-def test_overfit_b(head, cap, width, lr):
+@pytest.mark.parametrize("prediction, cap, width, lr", [("released", 20.0, 16, 4e-3),
+                                                        ("v", 1e4, 32, 8e-3)])
+def test_overfit_b(prediction, cap, width, lr):
     """After overfitting two latents told apart by sem alone, each sem samples its own x_0."""
     torch.manual_seed(0)
     x_0 = torch.randn(2, 4, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)   # (2, 4, 16, 16)
     sem, text = torch.randn(2, 16, 3, 3), torch.zeros(2, *TEXT)
-    model = stage_b.StageB(replace(TINY_B, widths=(width, 32, 32), cond_width=16, head=head,
-                                   weight_cap=cap))
+    model = stage_b.StageB(replace(TINY_B, widths=(width, 32, 32), cond_width=16,
+                                   prediction=prediction, weight_cap=cap))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for step in range(250):
         for group in optimizer.param_groups:
@@ -522,7 +522,7 @@ def test_overfit_b(head, cap, width, lr):
 
     def draw(sem):
         return stage_b.ddpm_sample(model.eval(), x_0.shape, sem, text, 0 * sem, text, guidance=1,
-                                   generator=sample.generators([3, 4]))
+                                   generator=stage_b.generators([3, 4]))
     for result, target in ((draw(sem), x_0), (draw(sem.flip(0)), x_0.flip(0))):
         right, wrong = (result - target).square().mean(), (result - target.flip(0)).square().mean()
         assert right < 0.3 and wrong > 3 * right, (right, wrong)

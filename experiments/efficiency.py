@@ -49,6 +49,7 @@ import stage_a
 import stage_b
 import stage_c
 from plumbing import cli, training
+from published import weights
 
 A100 = 312e12                    # nominal FLOP/s of its bf16 matrix products
 KG_PER_A100_HOUR = 2276 / 24602  # the paper's Table 2 (as 250 W x 0.37 kg/kWh, PUE 1: Lacoste 2019)
@@ -189,8 +190,8 @@ class Theirs(nn.Module):
         from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import (
             WuerstchenPrior)
         super().__init__()
-        settings = {name: value for name, value in stage_c.to_diffusers(model.config).items()
-                    if not name.startswith("_")}
+        settings = {name: value for name, value in weights.to_diffusers(
+            "C", model.config, {})[0].items() if not name.startswith("_")}
         self.prior = WuerstchenPrior(**settings).to(next(model.parameters()).device)
         self.prior.load_state_dict(model.state_dict())
         if fused:

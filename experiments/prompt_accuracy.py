@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import sample
 import semantic_compressor
+import stage_b
 from plumbing import cli, pictures, training
 from pocket import shapes
 
@@ -216,13 +217,13 @@ def draw(chain, jobs, seeds, settings, ways):
     decode = dict(steps=settings.steps_b, guidance=settings.guidance_b)
     out = {"the drawings": drawings, "A": chain.a.decode(chain.a.encode(drawings))}
     sem = chain.compressor.standardise(chain.compressor(semantic_compressor.resize(drawings)))
-    out["compressor+B+A"] = sample.draw_images(chain, sem, captions, seeds, **decode)
+    out["compressor+B+A"] = stage_b.draw_images(chain, sem, captions, seeds, **decode)
     latents = sample.draw_latents(chain, captions, seeds, size, size, settings.steps_c,
                                   settings.guidance_c)
-    out["C+B+A"] = sample.draw_images(chain, latents, captions, seeds, **decode)
-    out["C+B+A, no text in B"] = sample.draw_images(chain, latents, [""] * len(jobs), seeds,
+    out["C+B+A"] = stage_b.draw_images(chain, latents, captions, seeds, **decode)
+    out["C+B+A, no text in B"] = stage_b.draw_images(chain, latents, [""] * len(jobs), seeds,
                                                     **decode)
-    out["C+B+A, other text in B"] = sample.draw_images(
+    out["C+B+A, other text in B"] = stage_b.draw_images(
         chain, latents, captions[1:] + captions[:1], seeds, **decode)
     return {way: out[way] for way in ways}
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 import data
 import sample
 import semantic_compressor
+import stage_b
 from plumbing import cli, pictures, training
 
 
@@ -36,7 +37,7 @@ def main():
     print(f"Stage A alone: {pictures.psnr(chain.a.decode(chain.a.encode(images)), images):.1f} dB")
     for start in tqdm(("tokens", "gaussian"), desc="starts"):
         for guidance in (1.0, 4.0):
-            drawn = sample.draw_images(chain, sem, captions, range(len(images)), start=start,
+            drawn = stage_b.draw_images(chain, sem, captions, range(len(images)), start=start,
                                        guidance=guidance)
             tqdm.write(f"compressor + B + A, start {start:8}, guidance {guidance:.0f}: "
                        f"{pictures.psnr(drawn, images):.1f} dB")

@@ -1,16 +1,18 @@
 """Checkpoints: written whole or not at all, read without running code, refused with a sentence."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from plumbing.cli import UsageError
 
@@ -45,24 +47,24 @@ def save_checkpoint(path, state):
 
 MADE_BY = {"A": "Stage A, as `python stage_a.py --data …` makes it; or name it with --stage-a",
            "B": "Stage B, as `python stage_b.py --data …` makes it; or name it with --stage-b",
-           "C": "Stage C, as `python stage_c.py --data …` makes it", None: "a stage",
+           "C": "Stage C, as `python stage_c.py --data …` makes it",
            "compressor": "Stage B with the trained Semantic Compressor, as `python stage_b.py "
                          "--data …` makes it; or name it with --stage-b"}
 
 
-def load_checkpoint(path, stage=None):
+def load_checkpoint(path, stage):
     """Read a checkpoint to the CPU, never unpickling code. Four forms, one result, a dict:
 
     ours               what save_checkpoint wrote
     a .safetensors     the small weights of the repository, written by pocket/ship.py
-    a folder           config.json (here as "diffusers") and safetensors (as "ema"), by diffusers
-    an official .pt    its weights as "ema", with the names of OFFICIAL_NAMES replaced
+    a folder or .pt    of diffusers or of the official code: published/weights.py
     stage: "A", "B" or "C", or "compressor" (which also finds the one inside a Stage B checkpoint).
     Raises UsageError, one sentence, if it is missing, damaged or of another stage.
     """
     path = Path(path)
     if path.is_dir():
-        return load_diffusers(path, stage)
+        from published import weights                         # for foreign files alone
+        return weights.read_folder(path, stage)
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected a checkpoint of {MADE_BY[stage]}")
     try:
@@ -71,17 +73,27 @@ def load_checkpoint(path, stage=None):
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, SafetensorError,
             pickle.UnpicklingError) as error:
         raise UsageError(f"{path}: not a readable checkpoint "
-                              f"({str(error).splitlines()[0]})") from None
+                         f"({str(error).splitlines()[0]})") from None
     if isinstance(state, dict) and {"state_dict", "ema_state_dict"} & set(state):
-        weights = official(state.get("ema_state_dict") or state["state_dict"])
-        state = {"stage": stage.replace("compressor", "B") if stage else "official",
-                 "model": weights, "ema": weights,
-                 "compressor_ema": state.get("effnet_state_dict", {})}
+        from published import weights
+        return weights.read_official(state, stage)
     found = state.get("stage") if isinstance(state, dict) else type(state).__name__
-    if stage is not None and found != stage.replace("compressor", "B"):
+    if found != stage.replace("compressor", "B"):
         raise UsageError(f"{path}: found a checkpoint of {found!r}, expected one of stage "
-                              f"{stage!r}")
-    return state
+                         f"{stage!r}")
+    return dict(state, config=translated(state.get("config", {})))
+
+
+RENAMED = {"head": ("prediction", {"velocity": "v"})}         # old field -> its name and values now
+
+
+def translated(config):
+    """The config of an older checkpoint with the names and values of today."""
+    out = {}
+    for name, value in config.items():
+        name, values = RENAMED.get(name, (name, {}))
+        out[name] = values.get(value, value)
+    return out
 
 
 def load_shipped(path):
@@ -102,71 +114,80 @@ def load_shipped(path):
     return state
 
 
-DIFFUSERS_CLASSES = {"A": "PaellaVQModel", "B": "WuerstchenDiffNeXt", "C": "WuerstchenPrior",
-                     "compressor": "EfficientNetEncoder"}
+def rebuild(path, stage, Model, released, device):
+    """The trained Model, in eval mode on `device`, from any form of a checkpoint.
 
-
-def load_diffusers(folder, stage):
-    """A folder with config.json and diffusion_pytorch_model.safetensors: names as they are."""
+    released: the Config that a published checkpoint changes. Of B, C and the compressor it has the
+    averaged weights. Warns if Model computes something else than when the checkpoint was written.
+    """
+    state, part = load_checkpoint(path, stage), "compressor_" if stage == "compressor" else ""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{folder}: expected a folder in diffusers' layout, config.json and "
-                              f"diffusion_pytorch_model.safetensors ({error})") from None
-    found = config.get("_class_name")
-    if stage is not None and found != DIFFUSERS_CLASSES[stage]:
-        raise UsageError(f"{folder}: found a {found}, expected {DIFFUSERS_CLASSES[stage]}")
-    return {"stage": stage, "diffusers": config, "model": tensors, "ema": tensors,
-            "compressor_ema": tensors}
-
-
-def save_diffusers(folder, config, tensors):
-    """Write what load_diffusers and diffusers' from_pretrained read."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    save_file(tensors, Path(folder) / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-OFFICIAL_NAMES = {"vquantizer.codebook.": "vquantizer.embedding.",
-                  "attention.attn.out_proj.": "attention.to_out.0.",
-                  "attention.attn.in_proj_weight": ("to_q.weight", "to_k.weight", "to_v.weight"),
-                  "attention.attn.in_proj_bias": ("to_q.bias", "to_k.bias", "to_v.bias")}
-
-
-def official(tensors):
-    """Weights by the names of the official .pt files -> by those of the diffusers folders."""
-    renamed = {}
-    for name, value in tensors.items():
-        for theirs, ours in OFFICIAL_NAMES.items():
-            if theirs in name and isinstance(ours, tuple):        # q, k, v are one matrix there
-                head = name.partition("attn.")[0]
-                renamed.update(zip([head + one for one in ours], value.chunk(3)))
-                break
-            name = name.replace(theirs, ours if isinstance(ours, str) else theirs)
-        else:
-            renamed[name] = value
-    return renamed
-
-
-def rebuild(path, stage, Model, config_of, device, weights="ema"):
-    """Model(config_of(state)) with its weights, in eval mode, from any form of a checkpoint."""
-    state = load_checkpoint(path, stage)
-    try:
-        config = config_of(state)
-        with torch.device("meta"):             # no initial weights: no time, no random numbers
-            model = Model(config)
-        tensors = {name: value.float() if value.is_floating_point() else value
-                   for name, value in state[weights].items()}
-        model.load_state_dict(tensors, assign=True)
+        base = released if state.get("published") else type(released)()
+        config = dataclasses.replace(base, **state[part + "config"])
+        model = build(Model, config, state["model" if stage == "A" else part + "ema"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         lines = str(error).splitlines()
         what = (lines[1] if len(lines) > 1 else str(error)).strip()[:300]
         raise UsageError(f"{path}: does not hold the weights of {Model.__name__}: {what}"
-                              ) from None
-    return model.to(device).eval().requires_grad_(False)
+                         ) from None
+    differs = edited(model, state.get(part + "probe", {}))
+    if differs:
+        print(f"{path}: Stage {stage} no longer computes what it did when this checkpoint was "
+              f"written ({differs}): its code was edited since", file=sys.stderr, flush=True)
+    return model.to(device)
 
+
+def build(Model, config, tensors):
+    """Model(config) with these weights: on the CPU, float32, in eval mode."""
+    with torch.device("meta"):                 # no initial weights: no time, no random numbers
+        model = Model(config)
+    model.load_state_dict({name: value.cpu().float() if value.is_floating_point() else value.cpu()
+                           for name, value in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+# ---- what the code computed when the checkpoint was written --------------------------------------
+
+@torch.no_grad()
+def probe(model):
+    """What a Stage A, B or C computes: {"output": 16 numbers; of B and C "alpha_bar": at five t}.
+
+    Of one fixed input on the smallest grid, on the CPU. {} for a model that does not take it.
+    """
+    config, found = model.config, {}
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    schedule = getattr(sys.modules[type(model).__module__], "alpha_bar", None)
+    try:
+        model = build(type(model), config, model.state_dict())
+        if schedule is None:                                  # Stage A
+            output = model.decode(model.encode(draw(1, 3, 16, 16)))
+        else:
+            found["alpha_bar"], sem, side = schedule(torch.linspace(0, 1, 5)).tolist(), (), 2
+            if hasattr(config, "sem_channels"):               # Stage B
+                sem = [draw(1, config.sem_channels, 3, 3)]
+                side = config.patch_size * 2 ** (len(config.widths) - 1)
+            output = model(draw(1, config.latent_channels, side, side), torch.tensor([0.5]),
+                           *sem, draw(1, 2, config.text_width))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return {}
+    return dict(found, output=output.flatten()[::max(1, output.numel() // 16 - 1)][:16].tolist())
+
+
+def edited(model, kept):
+    """How the probe of `model` differs from `kept`, in words; "" if it does not.
+
+    Other machines, TF32 and weights rounded to float16 change an output by less than is allowed.
+    """
+    now, words = probe(model) if kept else {}, []
+    for name, old in kept.items():
+        old = torch.tensor(old)
+        off = (torch.tensor(now.get(name, [math.nan])) - old).abs().max()
+        if not off <= (1e-5 if name == "alpha_bar" else 0.02 * old.std()):     # or it is NaN
+            words.append(f"{name} differs by {off:.2g}")
+    return ", ".join(words)
+
+
+# ---- a run that goes on --------------------------------------------------------------------------
 
 # What may change when a run goes on: its length, and what is about the machine and the log. Of
 # batch_size and accumulate the product is compared. The scale of latents is measured in the run.

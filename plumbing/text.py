@@ -81,6 +81,19 @@ class TextEncoder(nn.Module):
         return tower.ln_final(x).float()
 
 
+def known_text_encoder(path, state, published, weights, device, width):
+    """The text encoder that the checkpoint `state` of `path` names; `published` if it names none.
+
+    Raises UsageError if `weights` are another one than its model was trained with.
+    """
+    known = state.get("text_encoder", {"name": published})
+    encoder = text_encoder(known["name"], weights, device, width)
+    if encoder.checksum != known.get("checksum", encoder.checksum):
+        raise UsageError(f"{path}: trained with another text encoder {encoder.name} (sha256 "
+                         f"{known['checksum'][:12]}) than this one ({encoder.checksum[:12]})")
+    return encoder
+
+
 def text_encoder(name="pocket", weights=None, device="cpu", width=None):
     """The text encoder of that name: pocket (built in), clip-h or clip-bigg.
 
@@ -116,8 +129,8 @@ def text_encoder(name="pocket", weights=None, device="cpu", width=None):
         raise UsageError(f"{weights}: is not the text tower of {name}, {size['width']} wide with "
                          f"{size['layers']} layers: {detail}.") from None
     if width not in (None, tower.width):
-        raise UsageError(f"--text-encoder {name} gives tokens {tower.width} wide, expected "
-                         f"--text-width {width}")
+        raise UsageError(f"the text encoder {name} gives tokens {tower.width} wide, and the model "
+                         f"reads tokens {width} wide (--text-encoder, --text-width)")
     tower.attn_mask = tower.build_causal_mask()  # not part of the state, so still on "meta"
     return TextEncoder(name, tower.float(), SimpleTokenizer(), pad).to(device)
 

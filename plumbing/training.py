@@ -312,10 +312,15 @@ class Run:
         return self.out / f"preview_{self.step:07d}.png"
 
     def save(self, **more):
-        """Write the checkpoint. more: what else it shall hold, or in place of what it would."""
+        """Write the checkpoint. more: what else it shall hold, or in place of what it would.
+
+        It keeps what the model (its average, where there is one) computed of a fixed input, too.
+        """
+        model = self.parts.get("ema", self.parts.get("model"))
         checkpoint.save_checkpoint(self.out / "checkpoint.pt", {
             "stage": self.stage, "config": dataclasses.asdict(self.config), "step": self.step,
             "errors": self.errors, "in_a_row": self.in_a_row, "skipped": self.skipped,
+            "probe": checkpoint.probe(model) if model else {},
             **self.must_match, **{name: part.state_dict() for name, part in self.parts.items()},
             **more})
 

@@ -66,7 +66,7 @@ def measure(chain, n=64):
     images = torch.stack([to_tensor(shapes.render(scene, size)) for scene in scenes])
     captions = [shapes.caption(scene) for scene in scenes]
     sem = chain.compressor.standardise(chain.compressor(semantic_compressor.resize(images)))
-    drawn = sample.draw_images(chain, sem, captions, range(n), guidance=1.0)
+    drawn = stage_b.draw_images(chain, sem, captions, range(n), guidance=1.0)
     by_a = chain.a.decode(chain.a.encode(images))
     return dict(psnr_a=round(float(pictures.psnr(by_a, images)), 2),
                 psnr_compressor_b_a=round(float(pictures.psnr(drawn, images)), 2),
@@ -82,7 +82,8 @@ def write(path, state, tensors, origin):
 def ship(paths, out):
     """paths: as sample.find returns them. Writes three files into the folder `out`."""
     states = {stage: checkpoint.load_checkpoint(paths[stage], stage.upper()) for stage in "abc"}
-    kept = ("stage", "config", "step", "samples", "compressor_config", "text_encoder")
+    kept = ("stage", "config", "step", "samples", "compressor_config", "text_encoder",
+            "probe")
     about = {stage: {name: state[name] for name in kept if name in state}
              for stage, state in states.items()}
     a = rounded(states["a"]["model"])

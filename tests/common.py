@@ -26,8 +26,8 @@ def flags(config, preset):
 
 def command(*arguments, check=True, **options):
     """Run a command of the README; on failure show what it printed."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True,
-                          text=True, timeout=200, **options)
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
+                          **{"cwd": HERE, "timeout": 200, **options})
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +18,9 @@ import stage_b
 import stage_c
 from plumbing.cli import UsageError
 from plumbing.text import text_encoder
+from published import export
 from test_shapes import TINY_A, TINY_B, TINY_C, shake
-from tests.common import command
+from tests.common import HERE, command
 
 
 def test_published_names():
@@ -31,7 +33,7 @@ def test_published_names():
                 "blocks.2.attention.to_out.0.bias", "blocks.2.kv_mapper.1.weight",
                 "out.1.weight"):
         assert key in c
-    b = stage_b.StageB(replace(TINY_B, attend_to_sem=False, head="released")).state_dict()
+    b = stage_b.StageB(replace(TINY_B, attend_to_sem=False, prediction="released")).state_dict()
     for key in ("clip_mapper.weight", "effnet_mappers.1.weight", "effnet_mappers.4.bias",
                 "embedding.1.weight", "down_blocks.1.0.1.weight",
                 "down_blocks.1.3.attention.to_v.weight", "up_blocks.0.6.1.weight", "clf.1.weight"):
@@ -131,7 +133,7 @@ def reference(networks, prompt, seed, height, width, levels, steps_b):
                                        **parts["decoder"])
     for pipeline in (first, second):
         pipeline.set_progress_bar_config(disable=True)
-    noise = sample.generators([seed, seed + 2 ** 31])
+    noise = stage_b.generators([seed, seed + 2 ** 31])
     raw = first(prompt, height, width, timesteps=list(levels), guidance_scale=4.0,
                 generator=noise[0]).image_embeddings
     latents = second(raw, prompt, num_inference_steps=steps_b, generator=noise[1],
@@ -146,7 +148,7 @@ def ours(chain, prompt, seed, height, width, levels, steps_b):
     way = []
     latents = sample.draw_latents(chain, [prompt], [seed], height, width, levels)
     with torch.no_grad():
-        images = sample.draw_images(chain, latents, [prompt], [seed], steps_b, history=way)
+        images = stage_b.draw_images(chain, latents, [prompt], [seed], steps_b, history=way)
     mean, std = chain.scale
     return latents * std + mean, way[-1], images
 
@@ -278,9 +280,41 @@ def test_published_command_line(published, tmp_path):
     assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
 
 
+def test_nothing_needs_published(drawings, tmp_path):
+    """Without the folder published/ A, B and C train from nothing and are sampled from; and
+    published/weights.py imports no stage.
+    """
+    for name in ("plumbing", "pocket"):
+        shutil.copytree(HERE / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    done = command("-c", f"""
+import importlib.util
+from pathlib import Path
+
+import sample, stage_a, stage_b, stage_c
+from test_shapes import TINY_A, TINY_B, TINY_C
+
+assert importlib.util.find_spec("published") is None
+assert Path(stage_c.__file__).parent == Path.cwd()
+a, b = "runs/stage_a/checkpoint.pt", "runs/stage_b/checkpoint.pt"
+stage_a.train(TINY_A, {str(drawings)!r}, "runs/stage_a")
+stage_b.train(TINY_B, {str(drawings)!r}, "runs/stage_b", a)
+stage_c.train(TINY_C, {str(drawings)!r}, "runs/stage_c", a, b)
+sample.main(["a red star", "--weights", "runs", "--steps-c", "2", "--steps-b", "2"])
+try:
+    sample.find("nowhere")
+except sample.UsageError as error:
+    print(error)
+""", cwd=tmp_path, timeout=600)
+    assert "expected stage_a/" in done.stdout and Image.open(tmp_path / "sample.png").width == 128
+    command("-c", "import sys, published.weights; "
+            "assert not {'stage_a', 'stage_b', 'stage_c', 'data', 'sample'} & set(sys.modules)")
+
+
 def test_wrong_published_files(published, tmp_path):
-    """A folder of another class, a missing file and weights of another size: one sentence each."""
-    import shutil
+    """A folder of another class, a missing file, weights of another size, a network that is not
+    built here: one sentence each."""
     folder, _ = published
     with pytest.raises(UsageError, match="found a WuerstchenPrior, expected PaellaVQ"):
         stage_a.load(folder / "wuerstchen-prior/prior")
@@ -291,10 +325,19 @@ def test_wrong_published_files(published, tmp_path):
     path.write_text(path.read_text().replace('"c": 32', '"c": 64'))
     with pytest.raises(UsageError, match="does not hold the weights of StageC: size mis"):
         stage_c.load(tmp_path / "prior")
+    shutil.copytree(folder / "wuerstchen/decoder", tmp_path / "decoder")
+    path = tmp_path / "decoder/config.json"
+    theirs = json.loads(path.read_text())
+    for changed, match in ((dict(theirs, kernel_size=5), "kernel_size is 5, expected 3"),
+                           (dict(theirs, inject_effnet=[True] * 4), "inject_effnet is"),
+                           ({"_class_name": theirs["_class_name"]}, "that can be built here")):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(UsageError, match=match):
+            stage_b.load(tmp_path / "decoder")
 
 
 def test_export_and_back(published, tmp_path):
-    """Stages trained here run in diffusers after --export, and load here again, unchanged."""
+    """Stages trained here run in diffusers after published.export, and load here again, unchanged."""
     from diffusers.pipelines.deprecated.wuerstchen import (
         PaellaVQModel,
         WuerstchenDiffNeXt,
@@ -307,7 +350,7 @@ def test_export_and_back(published, tmp_path):
     chain.compressor = shake(semantic_compressor.SemanticCompressor(
         replace(semantic_compressor.PRESETS["paper"], latent_mean=0.3, latent_std=1.5))).eval()
     chain.scale = (0.3, 1.5)
-    sample.export(chain, tmp_path / "out")
+    export.export(chain, tmp_path / "out")
     out = tmp_path / "out"
     index = json.loads((out / "wuerstchen-prior/model_index.json").read_text())
     theirs = dict(networks, vqgan=PaellaVQModel.from_pretrained(out / "wuerstchen/vqgan"),
@@ -331,10 +374,10 @@ def test_export_and_back(published, tmp_path):
                        chain.a.quantize(chain.a.encode(images))[1])
     assert_close(again.compressor.standardise(again.compressor(pixels)),
                  chain.compressor.standardise(chain.compressor(pixels)))
-    for config in (replace(TINY_B, head="released"), replace(TINY_B, attend_to_sem=False)):
+    for config in (replace(TINY_B, prediction="released"), replace(TINY_B, attend_to_sem=False)):
         chain.b = stage_b.StageB(config)
         with pytest.raises(UsageError, match="--preset released"):
-            sample.export(chain, tmp_path / "no")
+            export.export(chain, tmp_path / "no")
 
 
 def test_released_architecture_trains_and_leaves(published, chain, drawings, tmp_path):
@@ -348,7 +391,7 @@ def test_released_architecture_trains_and_leaves(published, chain, drawings, tmp
     runs.mkdir()
     (runs / "stage_a").symlink_to(chain / "stage_a")
     a, b = runs / "stage_a/checkpoint.pt", runs / "stage_b/checkpoint.pt"
-    stage_b.train(replace(TINY_B, attend_to_sem=False, head="released", condition="raw",
+    stage_b.train(replace(TINY_B, attend_to_sem=False, prediction="released", condition="raw",
                           text_encoder="clip-h", text_width=32, guidance=1.0),
                   drawings, runs / "stage_b", a, clip)
     stage_c.train(replace(TINY_C, text_encoder="clip-bigg", text_width=48), drawings,
@@ -356,7 +399,7 @@ def test_released_architecture_trains_and_leaves(published, chain, drawings, tmp
     quick = ["a red star", "--steps-c", "2", "--steps-b", "2", "--size", "128x128"]
     sample.main([*quick, "--weights", str(runs), "--clip", str(clip), "--out",
                  str(tmp_path / "one.png")])
-    sample.main(["--export", str(tmp_path / "out"), "--weights", str(runs), "--clip", str(clip)])
+    export.main([str(runs), "--out", str(tmp_path / "out"), "--clip", str(clip)])
     for name in ("wuerstchen", "wuerstchen-prior"):
         (tmp_path / "out" / name / "text_encoder").symlink_to(folder / name / "text_encoder")
     sample.main([*quick, "--weights", str(tmp_path / "out"), "--out", str(tmp_path / "two.png")])

@@ -9,10 +9,12 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 import sample
+import stage_b
 import stage_c
 from plumbing import checkpoint
 from plumbing.cli import UsageError
 from pocket import ship
+from published import weights
 from tests.common import command
 
 
@@ -51,14 +53,14 @@ def test_same_seed_same_picture(chain):
         prompts = ["a red star"] * len(seeds)
         latents = sample.draw_latents(nets, prompts, seeds, 128, 128, steps=2)
         with torch.no_grad():
-            return sample.draw_images(nets, latents, prompts, seeds, steps=2)
+            return stage_b.draw_images(nets, latents, prompts, seeds, steps=2)
     assert_close(draw([3, 4, 5])[2:], draw([5]), atol=1e-3, rtol=1e-3)
 
 
 def test_sample_refuses(chain, tmp_path):
     """Wrong sizes, missing weights and a C of another compressor are refused with a sentence."""
     with pytest.raises(Exception, match="1024x640 and 1024x768"):
-        sample.read_size("1024x700")
+        sample.width_x_height("1024x700")
     done = command("sample.py", "x", "--weights", tmp_path, check=False)
     assert done.returncode == 1 and "each with the checkpoint.pt" in done.stderr
     assert "Traceback" not in done.stderr
@@ -82,6 +84,6 @@ def test_small_weights(chain, tmp_path):
         assert json.loads(file.metadata()["provenance"]) == origin["c"]
     with pytest.raises(UsageError, match="another Stage A"):
         sample.load_chain(chain / "stage_a/checkpoint.pt", tmp_path / "stage_b.safetensors")
-    checkpoint.save_diffusers(tmp_path, {}, {"x": torch.zeros(1)})
+    weights.write_folder(tmp_path, {}, {"x": torch.zeros(1)})
     with pytest.raises(UsageError, match="not a readable checkpoint"):
         stage_c.load(tmp_path / "diffusion_pytorch_model.safetensors")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import sample
 import semantic_compressor
 import stage_a
 import stage_b
@@ -93,7 +92,7 @@ def test_own_generator_per_sample(module):
         more = (torch.ones(len(seeds), 16, 3, 3),) if module is stage_b else ()
         text = torch.ones(len(seeds), *TEXT)
         return module.ddpm_sample(model, (len(seeds), *size), *more, text, *more, text, steps=3,
-                                  guidance=2, generator=sample.generators(seeds))
+                                  guidance=2, generator=stage_b.generators(seeds))
     together, alone = draw([5, 6, 7]), draw([7])
     assert_close(together[2:], alone, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(together[0], together[1], atol=0.1)
