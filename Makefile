@@ -1,11 +1,12 @@
-# make demo   environment, then a PNG of prompts from the small weights in pocket/
-# make test   the same environment, then the tests
-# make pocket trains pocket weights from nothing: the text tower, A, the compressor, B with that
-#             compressor, C; each says after five steps how long it will take
+# make demo      environment, then a PNG of prompts from the small weights in pocket/
+# make test      the same environment, then the tests that a change should pass: minutes
+# make test-all  all tests
+# make pocket    trains pocket weights from nothing: the text tower, A, the compressor, B with that
+#                compressor, C; each says after five steps how long it will take
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test pocket clean
+.PHONY: demo test test-all pocket clean
 
 demo: .venv/ready
 	$(BIN)/python sample.py --out demo.png --n 4 \
@@ -13,18 +14,21 @@ demo: .venv/ready
 	    "a yellow star above a purple heart" "a green triangle left of a pink cross"
 	@echo "The pictures are in demo.png: one row for each prompt, four tries."
 
+test: .venv/ready-dev
+	$(BIN)/python -m pytest -m "not slow" --durations 5
+
+test-all: .venv/ready-dev
+	$(BIN)/python -m pytest --durations 5
+
 pocket: .venv/ready
-	$(BIN)/python pocket/teach_text.py
+	$(BIN)/python -m pocket.teach_text
 	cp runs/pocket/text/text.safetensors pocket/
 	$(BIN)/python stage_a.py --preset pocket --compile
-	$(BIN)/python pocket/teach.py --compile
+	$(BIN)/python -m pocket.teach --compile
 	$(BIN)/python stage_b.py --preset pocket --compile --compressor-share 0 \
 	    --init-from runs/pocket/taught/checkpoint.pt
 	$(BIN)/python stage_c.py --preset pocket --compile
-	$(BIN)/python pocket/ship.py
-
-test: .venv/ready-dev
-	$(BIN)/python -m pytest test_shapes.py
+	$(BIN)/python -m pocket.ship
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

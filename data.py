@@ -284,7 +284,7 @@ def _place(where):
 
 
 class CaptionedLatents(CaptionedImages):
-    """Shards that `python semantic_compressor.py` wrote: KEY.npy, a latent, in place of an image.
+    """Shards that tools.cache_latents wrote: KEY.npy, a latent, in place of an image.
 
     dataset[index]["image"] is float16 (16, h, w), standardised; resize and crop have no effect.
     """

@@ -92,7 +92,7 @@ def test_commands_of_the_pages_exist(page):
             wrong.append(f"there is no {script}: {' '.join(words)}")
             continue
         source = "".join((ROOT / path).read_text(encoding="utf-8")
-                         for path in (script, "plumbing/cli.py"))
+                         for path in (script, "plumbing/cli.py", "plumbing/training.py"))
         for flag in rest:                          # in the source: "--flag", or a field of Config
             field = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
             if flag.startswith("--") and f'"{flag}"' not in source and not re.search(
