@@ -2,35 +2,26 @@
 
 It is a decoder that invents detail: given the Semantic Compressor's 16x24x24 grid (at sampling time
 Stage C's) and the text, it draws the 4x256x256 latent that Stage A decodes to 1024x1024 pixels
-(Würstchen, §3.1 and Appendix E.2). The compressor is trained here, jointly: its grid becomes
-whatever helps Stage B most.
+(Würstchen, §3.1, E.2). The compressor is trained here, too: its grid becomes what helps B most.
 
     x_t = sqrt(alpha_bar(t)) x_0 + sqrt(1 - alpha_bar(t)) eps        forward process
     eps_hat = f(x_t, t, sem, text)                                   §3.1
     loss = |eps - eps_hat|^2                                         LDM training, §3.1
 
     x_t (B, 4, H, W) --unshuffle--> (B, c_0, H_0, W_0) --4 levels down, 4 up--> eps_hat (B, 4, H, W)
-    sem (B, 16, h, w) concatenated in every block of the levels with attention, and attended to
-    text (B, L, E)    attended to
+    text (B, L, E), sem (B, 16, h, w) attended to; sem concatenated in every block beside attention
 
-Letters: B batch, C c channels, H W Stage A's grid (256x256 for a 1024-px image), h w the
-compressor's grid (24x24), L text tokens, E width of the text encoder, cond the width that text and
-sem are mapped to, H_i W_i and c_i grid (H_0 is H / patch_size) and width of level i, t noise level
-in [0, 1].
+Letters: B batch, C c channels, H W Stage A's grid (256x256 for 1024 px), h w the compressor's grid
+(24x24), L text tokens, E width of the text encoder, cond the width that text and sem are mapped to,
+H_i W_i and c_i grid and width of level i (H_0 = H / patch_size), t noise level in [0, 1].
 Architecture and attribute names follow the published v2 decoder (dome272/Wuerstchen, modules.py,
 DiffNeXt). Its training was never published; the training here follows the paper.
 
     python stage_b.py --data shards/                         paper size, for a GPU
     python stage_b.py --data shards/shapes --preset pocket   two CPU cores, 1,000 steps in 6 minutes
-
-A healthy pocket run (with a compressor from pocket/teach.py, --compressor-share 0) prints: error
-by noise level near [t<.25 .9 | .5 .5 | .75 .15 | 1 .008] after 100 steps and falling at every
-level. In the previews backgrounds and places are right by step 1,000, colours by 4,000. Shapes take
-longest: large ones come out between 4,000 and 11,000 steps, small ones are still round then.
 """
 
 import copy
-import itertools
 import math
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -43,6 +34,7 @@ import torch.utils.checkpoint
 
 # ---- Config --------------------------------------------------------------------------------------
 
+# Sources: the paper; the official code where it is silent; ours where both are; departs: unlike it
 @dataclass(frozen=True)
 class Config:
     # architecture
@@ -59,11 +51,10 @@ class Config:
     attend_to_sem: bool = True         # paper, §3.1, E.2 (released: False, concatenation alone)
     condition: Literal["standardised", "raw"] = "standardised"   # ours: the scale of sem
     prediction: Literal["released", "v"] = "released"   # official code; the paper is silent
-    # loss
+    # loss, sampling
     weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 1e4
     weight_floor: float = 0.0          # ours, with weight_cap alone; pocket: 0.5
     t_power: float = 1.0               # official code: t as drawn. See `loss`; pocket: 1.5
-    # sampling
     guidance: float = 4.0              # paper, §4 (released: 1, that is, off); pocket: 2
     # conditions while training: shares of all samples; noise for a share of the rest
     drop_both: float = 0.05            # ours: §3.1 gives no numbers; pocket: 0.02
@@ -86,8 +77,7 @@ class Config:
     batch_size: int = 16               # ours: 16 x 32 is the 512 of E.2; what fits: unmeasured
     accumulate: int = 32
     lr: float = 1e-4                   # paper, E.2
-    compressor_share: float = 1.0      # of lr, for the compressor. Paper: all of it; pocket: 1/3.
-                                       # 0: it stays as --init-from gave it
+    compressor_share: float = 1.0      # of lr (paper: all of it); 0: it stays --init-from's
     warmup: int = 10_000               # paper, E.2
     cooldown: int = 0                  # ours: linear decay at the end; the paper names none
     grad_clip: float = 1.0             # official code
@@ -103,17 +93,15 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
-    # The second phase of E.2, from the checkpoint of the first (--init-from). Warm-up: ours, short,
-    # because it begins with a new optimizer.
+    # the second phase of E.2, by --init-from; warmup: ours, short, as it has a new optimizer
     "paper-2": Config(image_size=1024, steps=300_000, batch_size=4, warmup=500),   # 4 x 32 = 128
     "released": Config(attend_to_sem=False, condition="raw", guidance=1.0,
                        compressor="released"),                                         # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(48, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
         dropout=0.0, prediction="v", weight_cap=1e4, weight_floor=0.5, t_power=1.5, guidance=2.0,
-        # half of all samples see no text: captions name the colours, and a compressor that can
-        # leave them to the text does not learn to say which object has which. Fewer lose the
-        # latent or get it noised, because there is time for few steps
+        # half of all samples see no text: captions name the colours, and a compressor that leaves
+        # them to the text does not say which object has which. Fewer lose sem: there are few steps
         drop_text=0.5, drop_both=0.02, drop_sem=0.02, noise_sem=0.1,
         text_encoder="pocket", compressor="pocket", image_size=128, remember=True, accumulate=1,
         steps=11_000, batch_size=32, lr=2e-3, compressor_share=1 / 3, warmup=100,
@@ -124,23 +112,17 @@ PRESETS = {
 # ---- schedule: verbatim in stage_b.py and stage_c.py ---------------------------------------------
 
 def alpha_bar(t):
-    """Signal power left at noise level t: the cosine schedule (Nichol & Dhariwal, 2021), §3.2.
-
-    t: float tensor in [0, 1] of any shape. Clamped to [1e-4, 0.9999] (official code), so that
-    neither alpha_bar nor 1 - alpha_bar, by which the sampler divides, is ever 0.
-    """
+    """Signal power left at noise level t: the cosine schedule (Nichol & Dhariwal, 2021), §3.2."""
     s = 0.008                                                             # official code
     ratio = torch.cos((t + s) / (1 + s) * math.pi / 2) / math.cos(s / (1 + s) * math.pi / 2)
+    # official code: the sampler divides by alpha_bar and by 1 - alpha_bar, so both stay above 0
     return ratio.square().clamp(1e-4, 0.9999)
 
 
 def draw_t(n, device="cpu"):
-    """Draw n continuous noise levels (§3.2) as the official code does: (B,) float32 in [0.001, 1].
-
-    1.08 stretches U(0, 1) past the end and the clamp folds the surplus back: 7.5 % of all samples
-    are at exactly t = 1, where sampling starts and all of the picture is still to be decided.
-    0.001 keeps t away from 0, where there is no noise to predict.
-    """
+    """Draw n continuous noise levels (§3.2) as in the official code: float32 (B,) in [0.001, 1]."""
+    # 1.08 puts 7.5 % of all samples at exactly t = 1, where sampling starts and all of the picture
+    # is still to be decided; 0.001 keeps t away from 0, where there is no noise to predict
     return ((1 - torch.rand(n, device=device)) * 1.08 + 0.001).clamp(0.001, 1.0)
 
 
@@ -170,10 +152,8 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class GlobalResponseNorm(nn.Module):
-    """Scale each channel by its norm over the grid, divided by the mean norm of all channels.
-
-    (B, h, w, C), channels last. The identity at init (ConvNeXt V2, Woo et al., 2023).
-    """
+    """(B, h, w, C): scale a channel by its norm over the grid / the mean norm of all channels."""
+    # ConvNeXt V2 (Woo et al., 2023). The identity at init
 
     def __init__(self, c):
         super().__init__()
@@ -188,10 +168,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Scale and shift every channel by the noise level. The identity at init.
-
-    departs: as in the official code; §3.2 mentions cross-attention for the time, too.
-    """
+    """Scale and shift each channel by the noise level (departs: §3.2 has cross-attention, too)."""
 
     def __init__(self, c, c_timestep):
         super().__init__()
@@ -211,11 +188,7 @@ def timestep_embedding(t, width):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, C) over itself and over conditions (B, M, C).
-
-    Keys and values are made by `read`, those of the conditions apart from x's own: while sampling
-    they are the same at every step and made once.
-    """
+    """Multi-head attention of x (B, N, C) over itself and over conditions (B, M, C)."""
 
     def __init__(self, c, heads, dropout):
         super().__init__()
@@ -223,17 +196,16 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])                    # published name: to_out.0
 
-    def read(self, tokens):                     # (B, M, C) -> keys, values (B, heads, M, C / heads)
+    def keys_values(self, tokens):              # (B, M, C) -> keys, values (B, heads, M, C / heads)
         return [layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                 for layer in (self.to_k, self.to_v)]
 
     def forward(self, x, keys, values):         # (B, N, C), twice (B, heads, M, C / heads)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
-        own_keys, own_values = self.read(x)
+        own_keys, own_values = self.keys_values(x)
         k = torch.cat([own_keys, keys], dim=2)                            # (B, heads, N + M, …)
         v = torch.cat([own_values, values], dim=2)
-        # dropout on the attention weights, as in the official code (diffusers drops the output)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0    # of the weights (diffusers: output)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)    # (B, heads, N, C / heads)
         return self.to_out[0](y.transpose(1, 2).flatten(2))               # (B, N, C)
 
@@ -241,11 +213,7 @@ class Attention(nn.Module):
 # ---- blocks: Stage B alone -----------------------------------------------------------------------
 
 class ResBlock(nn.Module):
-    """ConvNeXt block with GlobalResponseNorm. Unlike Stage C's it takes a skip input.
-
-    The skip (U-Net features and/or compressor latents) is concatenated after the norm, before the
-    channelwise part (E.2), so it is not normalised.
-    """
+    """ConvNeXt block with GlobalResponseNorm. Unlike Stage C's it takes skips: U-Net's, sem."""
 
     def __init__(self, c, c_skip, dropout):
         super().__init__()
@@ -255,36 +223,32 @@ class ResBlock(nn.Module):
             nn.Linear(c + c_skip, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c), nn.Dropout(dropout),
             nn.Linear(4 * c, c))
 
-    def forward(self, x, skip=None):                    # (B, c, h, w), (B, c_skip, h, w)
-        y = self.norm(self.depthwise(x))
-        y = y if skip is None else torch.cat([y, skip], dim=1)            # (B, c + c_skip, h, w)
+    def forward(self, x, skips=()):                     # (B, c, h, w), [(B, …, h, w)]
+        y = self.norm(self.depthwise(x))                # the skips are not normalised (E.2)
+        y = torch.cat([y, *skips], dim=1) if skips else y                 # (B, c + c_skip, h, w)
         return x + self.channelwise(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class AttnBlock(nn.Module):
-    """Each position attends to all positions of its level, the text and the compressor's latents.
+    """Each position attends to all positions of its level, the text and the compressor's latent."""
+    # departs: one joint attention (official code), where the paper has cross-attention. sem is
+    # projected "to the same dimension in each block" (§3.1); in the released model it is not there
 
-    departs: one joint attention (official code), where the paper has cross-attention. Unlike in
-    Stage C, the flattened compressor latents are projected "to the same dimension in each block"
-    and concatenated to the keys (§3.1); the released model has no such projection (sem_channels =
-    0 here).
-    """
-
-    def __init__(self, c, heads, cond_width, sem_channels, dropout):
+    def __init__(self, c, heads, cond_width, dropout, sem_channels):
         super().__init__()
         self.norm = LayerNorm2d(c)
         self.attention = Attention(c, heads, dropout)
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, c))
         self.sem_mapper = nn.Linear(sem_channels, c) if sem_channels else None
 
-    def read(self, sem, text):                          # (B, h*w, 16), (B, L, cond)
-        tokens = self.kv_mapper(text)
-        if self.sem_mapper is not None:
-            tokens = torch.cat([tokens, self.sem_mapper(sem)], dim=1)     # (B, L + h*w, c)
-        return self.attention.read(tokens)      # keys, values (B, heads, L + h*w, c / heads)
+    def precompute(self, sem, text):                    # (B, 16, h, w), (B, L, cond)
+        tokens = self.kv_mapper(text)                                     # (B, L, c)
+        if self.sem_mapper is not None:                                   # -> (B, L + h*w, c)
+            tokens = torch.cat([tokens, self.sem_mapper(sem.flatten(2).transpose(1, 2))], dim=1)
+        return self.attention.keys_values(tokens)       # twice (B, heads, L + h*w, c / heads)
 
-    def forward(self, x, sem, text, read=None):         # (B, c, H, W), what `read` made before
-        keys, values = read or self.read(sem, text)
+    def forward(self, x, sem, text, precomputed=None):  # (B, c, H, W)
+        keys, values = precomputed or self.precompute(sem, text)
         y = self.norm(x).flatten(2).transpose(1, 2)                       # (B, H*W, c)
         return x + self.attention(y, keys, values).transpose(1, 2).unflatten(2, x.shape[-2:])
 
@@ -292,56 +256,44 @@ class AttnBlock(nn.Module):
 # ---- model ---------------------------------------------------------------------------------------
 
 class StageB(nn.Module):
-    """The decoder: x_t (B, 4, H, W), t (B,), sem (B, 16, h, w), text (B, L, E) -> eps_hat like x_t.
-
-    H and W must be multiples of patch_size * 2^(levels - 1): 16 at paper size.
-    """
+    """x_t (B, 4, H, W), t (B,), sem (B, 16, h, w), text (B, L, E) -> eps_hat (B, 4, H, W)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        widths, heads, blocks = config.widths, config.heads, config.blocks
-        levels, patch = len(widths), config.patch_size ** 2
-        cond, sem = config.cond_width, config.sem_channels
-
+        c, heads, cond, patch = config.widths, config.heads, config.cond_width, config.patch_size
+        sem, levels = config.sem_channels, range(len(c))
         self.clip_mapper = nn.Linear(config.text_width, cond)             # text of CLIP -> tokens
         self.seq_norm = nn.LayerNorm(cond, elementwise_affine=False, eps=1e-6)
-        # compressor ("effnet") latents -> cond_width: one map per level on the way down, then up
-        self.effnet_mappers = nn.ModuleList([
-            nn.Conv2d(sem, cond, 1) if heads[i] else None
-            for i in [*range(levels), *reversed(range(levels))]])
+        self.effnet_mappers = nn.ModuleList([             # sem ("effnet") -> cond: down, then up
+            nn.Conv2d(sem, cond, 1) if heads[i] else None for i in (*levels, *reversed(levels))])
         self.embedding = nn.Sequential(
-            nn.PixelUnshuffle(config.patch_size),
-            nn.Conv2d(config.latent_channels * patch, widths[0], 1),
-            LayerNorm2d(widths[0]))
+            nn.PixelUnshuffle(patch), nn.Conv2d(config.latent_channels * patch ** 2, c[0], 1),
+            LayerNorm2d(c[0]))
 
-        def stage(i, first_skip):
-            """(ResBlock, TimestepBlock[, AttnBlock]) x blocks[i] of level i, as one flat list."""
-            c, layers = widths[i], []
-            for j in range(blocks[i]):
-                skip = (cond if heads[i] else 0) + (first_skip if j == 0 else 0)
-                layers += [ResBlock(c, skip, config.dropout),
-                           TimestepBlock(c, config.timestep_width)]
+        def level(i, down):
+            """Level i on the way down or up, as one flat list (published names)."""
+            layers = []
+            if down and i > 0:
+                layers.append(nn.Sequential(
+                    LayerNorm2d(c[i - 1]), nn.Conv2d(c[i - 1], c[i], 2, stride=2)))
+            for j in range(config.blocks[i]):
+                skip = 0 if down or i == levels[-1] or j > 0 else c[i]    # from the way down
+                layers += [ResBlock(c[i], skip + (cond if heads[i] else 0), config.dropout),
+                           TimestepBlock(c[i], config.timestep_width)]
                 if heads[i]:
-                    layers.append(AttnBlock(c, heads[i], cond, sem if config.attend_to_sem else 0,
-                                            config.dropout))
-            return layers
+                    layers.append(AttnBlock(c[i], heads[i], cond, config.dropout,
+                                            sem if config.attend_to_sem else 0))
+            if not down and i > 0:
+                layers.append(nn.Sequential(
+                    LayerNorm2d(c[i]), nn.ConvTranspose2d(c[i], c[i - 1], 2, stride=2)))
+            return nn.ModuleList(layers)
 
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        for i in range(levels):
-            down = [] if i == 0 else [nn.Sequential(
-                LayerNorm2d(widths[i - 1]), nn.Conv2d(widths[i - 1], widths[i], 2, stride=2))]
-            self.down_blocks.append(nn.ModuleList(down + stage(i, 0)))
-        for i in reversed(range(levels)):
-            up = [] if i == 0 else [nn.Sequential(
-                LayerNorm2d(widths[i]), nn.ConvTranspose2d(widths[i], widths[i - 1], 2, stride=2))]
-            # the U-Net skip enters the first block of each level but the deepest
-            self.up_blocks.append(nn.ModuleList(stage(i, widths[i] if i < levels - 1 else 0) + up))
+        self.down_blocks = nn.ModuleList([level(i, down=True) for i in levels])
+        self.up_blocks = nn.ModuleList([level(i, down=False) for i in reversed(levels)])
         out = config.latent_channels * (2 if config.prediction == "released" else 1)
         self.clf = nn.Sequential(                                         # the output head
-            LayerNorm2d(widths[0]),
-            nn.Conv2d(widths[0], out * patch, 1),
-            nn.PixelShuffle(config.patch_size))
+            LayerNorm2d(c[0]), nn.Conv2d(c[0], out * patch ** 2, 1), nn.PixelShuffle(patch))
         self.init_weights()
 
     def init_weights(self):
@@ -354,60 +306,49 @@ class StageB(nn.Module):
             if isinstance(block, ResBlock):        # all residuals add up to the variance of one
                 block.channelwise[-1].weight.data *= (1 / sum(self.config.blocks)) ** 0.5
             if isinstance(block, TimestepBlock):
-                nn.init.zeros_(block.mapper.weight)
+                nn.init.zeros_(block.mapper.weight)            # scale 1, shift 0: the identity
             if isinstance(block, AttnBlock):       # there q, k, v are one (3c, c) matrix
                 for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
                     nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
         nn.init.normal_(self.clip_mapper.weight, std=0.02)
         loud = self.config.prediction == "v"       # departs (pocket): so that sem is heard early
-        for layer in self.effnet_mappers:
-            if layer is not None:
-                nn.init.normal_(layer.weight, std=1.0 if loud else 0.02)
+        for layer in filter(None, self.effnet_mappers):
+            nn.init.normal_(layer.weight, std=1.0 if loud else 0.02)
         nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
         nn.init.zeros_(self.clf[1].weight)
 
-    def tokens(self, sem, text):
-        """(B, 16, h, w), (B, L, text_width) -> (B, h*w, 16), (B, L, cond): what is attended to."""
-        return sem.flatten(2).transpose(1, 2), self.seq_norm(self.clip_mapper(text))
+    def precompute(self, sem, text):
+        """-> keys, values of each attention block: made once for all sampling steps."""
+        text = self.seq_norm(self.clip_mapper(text))                      # (B, L, cond)
+        return [block.precompute(sem, text) for block in self.modules()
+                if isinstance(block, AttnBlock)]
 
-    def read(self, sem, text):
-        """sem, text -> (keys, values) of each attention block, in the order of forward."""
-        tokens = self.tokens(sem, text)
-        return [layer.read(*tokens) for level in (*self.down_blocks, *self.up_blocks)
-                for layer in level if isinstance(layer, AttnBlock)]
-
-    def forward(self, x_t, t, sem, text, read=None):
-        """read: what `read` made of the same sem and text, or None."""
-        H, W, divisor = *x_t.shape[-2:], self.config.patch_size * 2 ** (len(self.config.widths) - 1)
+    def forward(self, x_t, t, sem, text, precomputed=None):
+        levels, patch, (H, W) = range(len(self.down_blocks)), self.config.patch_size, x_t.shape[2:]
+        divisor = patch * 2 ** levels[-1]
         if H % divisor or W % divisor:
             raise ValueError(f"Stage B found latents of {H}x{W}, expected multiples of {divisor}")
         t_embedding = timestep_embedding(t, self.config.timestep_width)   # (B, 64)
-        tokens = self.tokens(sem, text) if read is None else (None, None)
-        reads = iter(read) if read else itertools.repeat(None)
+        text = self.seq_norm(self.clip_mapper(text)) if precomputed is None else None
         sem = sem.float().contiguous(memory_format=torch.channels_last)
+        precomputed = iter(precomputed or ())
+        recompute = self.config.checkpoint_activations and self.training
 
-        def level(x, layers, mapper, skip=None):
-            """Run one level; the resized sem joins every block, the skip only the first."""
-            extra = None
+        def run_level(i, x, layers, mapper, skip=()):
+            """Level i. Each ResBlock takes the resized sem, the first one the U-Net's skip, too."""
+            always, size = [], (H // patch // 2 ** i, W // patch // 2 ** i)
+            if mapper is not None:                                        # official code's options
+                always = [mapper(F.interpolate(sem, size, mode="bicubic", antialias=True,
+                                               align_corners=True))]      # (B, cond, H_i, W_i)
+            skips = [*skip, *always]
             for layer in layers:
-                condition = ()                                            # of a resampling layer
+                condition = (t_embedding,) if isinstance(layer, TimestepBlock) else ()
                 if isinstance(layer, ResBlock):
-                    if mapper is not None and extra is None:              # once the size is known
-                        extra = mapper(F.interpolate(                     # official code's options
-                            sem, x.shape[-2:], mode="bicubic", antialias=True,
-                            align_corners=True))                          # (B, cond, H_i, W_i)
-                    condition = tuple(part for part in (skip, extra) if part is not None)
-                    if len(condition) > 1:
-                        condition = (torch.cat(condition, dim=1),)
-                    skip = None
-                elif isinstance(layer, TimestepBlock):
-                    condition = (t_embedding,)
+                    condition, skips = (skips,), always
                 elif isinstance(layer, AttnBlock):
-                    condition = (*tokens, next(reads))
-                if self.config.checkpoint_activations and self.training:
-                    x = torch.utils.checkpoint.checkpoint(layer, x, *condition, use_reentrant=False)
-                else:
-                    x = layer(x, *condition)
+                    condition = (sem, text, next(precomputed, None))
+                x = (torch.utils.checkpoint.checkpoint(layer, x, *condition, use_reentrant=False)
+                     if recompute else layer(x, *condition))
             return x
 
         a_bar = alpha_bar(t)[:, None, None, None]                         # for prediction v
@@ -417,21 +358,19 @@ class StageB(nn.Module):
             # is as loud in the embedding as a picture would be, so it is turned down
             x = x * a_bar.sqrt()
         x = x.contiguous(memory_format=torch.channels_last)     # the blocks' (B, h, w, c): no copy
-        skips = []
-        for layers, mapper in zip(self.down_blocks, self.effnet_mappers):
-            x = level(x, layers, mapper)
-            skips.insert(0, x)
-        for i, layers in enumerate(self.up_blocks):
-            mapper = self.effnet_mappers[len(skips) + i]
-            x = level(x, layers, mapper, skips[i] if i > 0 else None)
+        mappers, skips = iter(self.effnet_mappers), []
+        for i, layers in zip(levels, self.down_blocks):
+            x = run_level(i, x, layers, next(mappers))
+            skips.append(x)
+        for i, layers in zip(reversed(levels), self.up_blocks):           # the deepest takes no skip
+            x = run_level(i, x, layers, next(mappers), [skips[i]] if i < levels[-1] else ())
         if self.config.prediction == "v":
             # departs (pocket): v = sqrt(a_bar) eps - sqrt(1 - a_bar) x_0 (Salimans & Ho, 2022) has
             # the same size at every t. At init v_hat = 0, that is, x_0_hat = sqrt(a_bar) x_t.
             v_hat = self.clf(x).float()                                   # (B, 4, H, W)
             return (1 - a_bar).sqrt() * x_t + a_bar.sqrt() * v_hat
-        # Official head: eps_hat = (x_t - A) / B with B in (0.001, 0.999): B stands for the noise's
-        # size sqrt(1 - alpha_bar), A for the signal part. At init A = 0, B = .5: eps_hat = 2 x_t.
-        # The paper is silent on Stage B's head; Stage C's is another one.
+        # Official head (the paper is silent): eps_hat = (x_t - A) / B. A is the signal part, B the
+        # noise's size sqrt(1 - alpha_bar), in (.001, .999). At init A = 0, B = .5: eps_hat = 2 x_t.
         a, b = self.clf(x).float().chunk(2, dim=1)                        # (B, 4, H, W) each
         return (x_t - a) / (b.sigmoid() * (1 - 2e-3) + 1e-3)
 
@@ -441,36 +380,30 @@ class StageB(nn.Module):
 def drop_and_noise(sem, text, null_text, config, scale=None):
     """Make the conditions imperfect, each sample by itself, as sampling will find them (§3.1).
 
-    5 % lose both (the unconditional branch of guidance), 5 % the text, 5 % sem; of the rest, 30 %
-    get sem noised to a level t ~ U(0, 0.5), because Stage C's latents will not be perfect. The
-    model is not told the level. (pocket: 2, 50, 2 and 10 %)
-    sem: (B, 16, h, w), raw. null_text: (1, L, E), tokens of the empty caption. scale: (mean, std)
-    of sem; None: the batch's own, because those of a compressor that trains move. Returns sem on
-    the scale that Stage B reads (standardised, or raw as released), and text.
+    Shares of the samples (Config) lose text, sem, or both (the unconditional branch of guidance). A
+    share of the rest gets sem noised to a level t ~ U(0, 0.5), as Stage C's latents are imperfect;
+    the model is not told the level.
+    sem: (B, 16, h, w), raw. null_text: (1, L, E). scale: (mean, std) of sem; None: the batch's, as
+    those of a compressor that trains move. -> sem on the scale B reads (config.condition), text.
     """
-    n, device = len(sem), sem.device
     mean, std = scale or (sem.detach().mean(), sem.detach().std())
     sem = (sem - mean) / std                            # unit variance: the noise has a known size
-    if config.condition == "standardised":
-        mean, std = 0.0, 1.0
-    u = torch.rand(n, 1, 1, device=device)
-    to_both, to_text = config.drop_both, config.drop_both + config.drop_text
-    to_sem = to_text + config.drop_sem                  # u: [ both | text | sem | nothing dropped ]
-    no_text = u < to_text
-    no_sem = (u < to_both) | ((to_text <= u) & (u < to_sem))
-    noised = (to_sem <= u) & (torch.rand(n, 1, 1, device=device) < config.noise_sem)
-    t = torch.rand(n, device=device) * config.noise_sem_t
+    u, v = torch.rand(2, len(sem), 1, 1, device=sem.device)
+    no_text = u < config.drop_text + config.drop_both   # u: [ text | both | sem | nothing dropped ]
+    dropped = u < config.drop_text + config.drop_both + config.drop_sem
+    no_sem, noised = dropped & (config.drop_text <= u), ~dropped & (v < config.noise_sem)
+    t = torch.rand(len(sem), device=sem.device) * config.noise_sem_t
     sem = torch.where(noised[..., None], diffuse(sem, t, torch.randn_like(sem)), sem)
-    sem = torch.where(no_sem[..., None], 0.0, sem * std + mean)     # zeros on the scale B reads
-    return sem, torch.where(no_text, null_text, text)
+    if config.condition == "raw":
+        sem = sem * std + mean
+    return torch.where(no_sem[..., None], 0.0, sem), torch.where(no_text, null_text, text)
 
 
 def loss(model, x_0, sem, text, t=None, noise=None):
-    """Mean squared error of the predicted noise (LDM training, §3.1).
+    """Error of the predicted noise (LDM, §3.1) -> scalar, t (B,), unweighted error of each (B,).
 
-    x_0: (B, 4, H, W) standardised Stage A latents. sem: (B, 16, h, w). text: (B, L, E). t: (B,) in
-    [0, 1], drawn if None. noise: like x_0, drawn if None. Returns the loss (scalar), t (B,) and the
-    unweighted error of each sample (B,), without a gradient.
+    x_0: (B, 4, H, W), Stage A's standardised latents. sem: (B, 16, h, w). text: (B, L, E). t (B,)
+    and noise (as x_0) are drawn if None.
     """
     if t is None:
         # departs (pocket): drawn nearer to t = 1 (t_power 1.5: half of all t are above .69). Flat
@@ -479,13 +412,13 @@ def loss(model, x_0, sem, text, t=None, noise=None):
     noise = torch.randn_like(x_0) if noise is None else noise
     eps_hat = model(diffuse(x_0, t, noise), t, sem, text)                 # (B, 4, H, W)
     error = (eps_hat - noise).square().mean((1, 2, 3))                    # (B,)
-    weight = 1.0
-    if model.config.weight_cap:
-        # departs (pocket): the error is measured in x_0, which is (1 - alpha_bar) / alpha_bar times
-        # that in eps, up to a cap: near t = 1 an error in eps barely shows whether x_0 is right.
-        # And down to a floor, so that the levels near t = 0, where the factor is small, count too.
-        a_bar = alpha_bar(t)
-        weight = ((1 - a_bar) / a_bar).clamp(model.config.weight_floor, model.config.weight_cap)
+    if not model.config.weight_cap:
+        return error.mean(), t, error.detach()
+    # departs (pocket): the error is measured in x_0, (1 - alpha_bar) / alpha_bar times the one in
+    # eps, up to a cap: near t = 1 an error in eps barely shows whether x_0 is right. And down to a
+    # floor, so that the levels near t = 0, where the factor is small, count too.
+    a_bar = alpha_bar(t)
+    weight = ((1 - a_bar) / a_bar).clamp(model.config.weight_floor, model.config.weight_cap)
     return (weight * error).mean(), t, error.detach()
 
 
@@ -496,28 +429,25 @@ def ddpm_sample(model, shape, sem, text, null_sem, null_text, steps=12, guidance
                 generator=None, history=None):
     """Draw standardised Stage A latents: DDPM (Ho et al., 2020), §3.3, on evenly spaced t.
 
-    shape: (B, 4, H, W). sem: (B, 16, h, w); null_sem: like it, zeros. text: (B, L, E); null_text:
-    (1, L, E) or (B, L, E). steps: 12 (§4). guidance: classifier-free (Ho & Salimans, 2022), eps_hat
-    = null + guidance * (conditional - null): 4 (§4), 1 is conditional, 0 unconditional; null has
-    both conditions dropped, as for some samples in training.
-    x: the start at t = 1: the paper takes random codebook tokens (StageA.random_tokens), which have
-    the values of latents and no more structure than noise; the released code noise, which is drawn
-    if None. generator: a torch.Generator, or a list of one per
-    sample. history: a list that receives x after each step.
+    shape: (B, 4, H, W). sem: (B, 16, h, w); null_sem: zeros like it. text: (B, L, E); null_text:
+    (1, L, E) or (B, L, E). steps: 12 (§4). generator: one, or a list of one per sample. history: a
+    list that receives x after each step. guidance: classifier-free guidance as in Stage C, 4 (§4);
+    null has both conditions dropped, as some samples in training.
+    x: the start. The paper takes random codebook tokens (StageA.random_tokens): they have the
+    values of latents and no more structure than noise. None: noise, as in the released code.
     """
     device = next(model.parameters()).device
     x = randn(shape, generator, device) if x is None else x
     if guidance != 1:                                   # one batch: conditional, unconditional
         sem = torch.cat([sem, null_sem.expand_as(sem)])
         text = torch.cat([text, null_text.expand_as(text)])
-    read = model.read(sem, text)                                          # once, not at every step
+    precomputed = model.precompute(sem, text)
     levels = torch.linspace(1, 0, steps + 1, device=device)
-    for t, t_next in zip(levels[:-1], levels[1:]):
-        if guidance == 1:
-            eps_hat = model(x, t.expand(len(x)), sem, text, read)
-        else:
-            both = model(torch.cat([x, x]), t.expand(2 * len(x)), sem, text, read)
-            conditional, null = both.chunk(2)
+    for t, t_next in zip(levels, levels[1:]):
+        both = x if guidance == 1 else torch.cat([x, x])
+        eps_hat = model(both, t.expand(len(both)), sem, text, precomputed)
+        if guidance != 1:
+            conditional, null = eps_hat.chunk(2)
             eps_hat = null + guidance * (conditional - null)
         a_bar, a_bar_next = alpha_bar(t), alpha_bar(t_next)
         a = a_bar / a_bar_next                                            # alpha of this step
@@ -543,20 +473,18 @@ from plumbing.text import known_text_encoder, text_encoder
 def train(config, source, out, path_a, clip=None, init_from=None):
     """Train Stage B and the compressor on captioned images. Goes on by itself if `out` holds a run.
 
-    path_a: checkpoint of Stage A. clip: local weights of the text encoder, or None for the hub.
-    init_from: a checkpoint whose Stage B and compressor a new run begins with.
+    path_a: Stage A. clip: CLIP's weights; None: the hub's. init_from: a Stage B to begin with.
     """
     device = training.setup(config.seed)
-    # two frozen networks: one makes the latents that B learns to draw, one the tokens it reads
-    vqgan = stage_a.load(path_a, device)
-    encoder = text_encoder(config.text_encoder, clip, device, config.text_width)
+    vqgan = stage_a.load(path_a, device)                    # frozen: its latents are what B draws
+    encoder = text_encoder(config.text_encoder, clip, device, config.text_width)    # frozen
     null_text = encoder([""])                                             # (1, L, E)
     dataset = data.CaptionedImages(source, resize=config.image_size, crop=config.image_size,
                                    seed=config.seed, center=config.remember,
                                    filters=data.filters(config))
     # images to preview and to measure BatchNorm on: 64 of 1024 px, at most 256 of smaller ones
-    fixed = data.preview_batch(dataset, min(256, 2 ** 26 // config.image_size ** 2), device)
-    settling = semantic_compressor.resize(fixed["images"])
+    preview_batch = data.preview_batch(dataset, min(256, 2 ** 26 // config.image_size ** 2), device)
+    calibration = semantic_compressor.resize(preview_batch["images"])
 
     run = training.Run("B", config, out, device, init_from, samples=len(dataset),
                        stage_a=checkpoint.checksum(vqgan.state_dict()),
@@ -569,13 +497,11 @@ def train(config, source, out, path_a, clip=None, init_from=None):
         model.load_state_dict(load(init_from).state_dict())
     ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False)
                            for net in (model, compressor))
-    # After its average was copied: that one is measured by the first process alone (`settle`).
-    compressor = training.synchronised(compressor)
-    optimizer = torch.optim.AdamW(
-        [dict(params=model.parameters(), share=1.0),
-         dict(params=compressor.parameters(), share=config.compressor_share)],     # of lr
-        lr=config.lr, betas=(0.9, 0.95), fused=True)                      # betas: official code
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    compressor = training.synchronised(compressor)      # not its average: one process measures it
+    groups = [dict(params=[*model.parameters()], share=1.0),              # share of lr
+              dict(params=[*compressor.parameters()], share=config.compressor_share)]
+    parameters = groups[0]["params"] + groups[1]["params"]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)  # official
 
     @torch.no_grad()
     def targets(batch):
@@ -587,7 +513,6 @@ def train(config, source, out, path_a, clip=None, init_from=None):
         return (vqgan.standardise(vqgan.encode(images)), encoder(batch["captions"]),
                 small if trained else compressor_ema(small))
 
-    scale = None if trained else compressor.scale          # trained: each batch has its own
     batches = data.Stream(dataset, config)
     run.restore(model=model, ema=ema, compressor=compressor, compressor_ema=compressor_ema,
                 optimizer=optimizer, batches=batches)
@@ -604,59 +529,49 @@ def train(config, source, out, path_a, clip=None, init_from=None):
     for step in run.steps():
         optimizer.zero_grad(set_to_none=True)
         if trained and step == freeze:
-            semantic_compressor.settle(compressor, settling)
+            semantic_compressor.settle(compressor, calibration)
         compressor.train(trained and step < freeze)
         for _ in range(config.accumulate):
-            # batch, targets
-            x_0, text, images = targets(next(batches))
+            x_0, text, images = targets(next(batches))                    # batch, targets
             # loss
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 sem = (compressor(images) if trained else images).float()  # (B, 16, h, w), raw
-                sem, text = drop_and_noise(sem, text, null_text, config, scale)
+                sem, text = drop_and_noise(sem, text, null_text, config,
+                                           None if trained else compressor.scale)
                 value, t, error = loss(model, x_0, sem, text)
             run.note(t, error)
-            # backward
             (value / config.accumulate).backward()
-        # clip
+        # clip, lr, step
         training.average_gradients(parameters)
         grad = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        # lr, step
         lr = training.learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
         if run.finite(grad):
             optimizer.step()
-            # EMA
-            training.ema_update(ema, model, step, config.ema)
-            if trained:
-                training.ema_update(compressor_ema, compressor, step, config.ema)
+            training.ema_update(ema, model, step, config.ema)             # EMA
+            training.ema_update(compressor_ema, compressor, step, config.ema)
         # log, preview, checkpoint
         run.log(loss=value, grad=grad, lr=lr)
-        if run.due("preview") or run.due("save"):
-            measured = (semantic_compressor.measure(compressor_ema, settling, step >= freeze)
-                        if trained else compressor_ema.config)
+        if trained and (run.due("preview") or run.due("save")):           # with its latents' scale
+            compressor_ema.config = semantic_compressor.measure(compressor_ema, calibration,
+                                                                step >= freeze)
         if run.due("preview"):
-            preview(ema, compressor_ema, measured, vqgan, encoder, fixed, run.preview)
+            preview(ema, compressor_ema, vqgan, encoder, preview_batch, run.preview)
         if run.due("save"):
-            run.save(compressor_config=asdict(measured))
+            run.save(compressor_config=asdict(compressor_ema.config))
 
 
 @torch.no_grad()
-def preview(model, compressor, measured, vqgan, encoder, fixed, path):
-    """Top row: images. Then: through A alone; through compressor, B (12 steps, w = 1) and A.
-
-    measured: the compressor's Config with the scale of its latents.
-    """
-    images, captions = fixed["images"][:8], fixed["captions"][:8]
-    scale = measured.latent_mean, measured.latent_std
-    latents = (compressor(semantic_compressor.resize(images)) - scale[0]) / scale[1]
-    drawn = draw_images(Decoder(vqgan, model, compressor, scale, encoder), latents, captions,
-                        range(len(images)), guidance=1)
+def preview(model, compressor, vqgan, encoder, batch, path):
+    """Top row: images. Then: through A alone; through compressor, B (12 steps, w = 1) and A."""
+    images, captions = batch["images"][:8], batch["captions"][:8]
+    latents = compressor.standardise(compressor(semantic_compressor.resize(images)))
+    drawn = draw_images(Decoder(vqgan, model, compressor, compressor.scale, encoder), latents,
+                        captions, range(len(images)), guidance=1)
     rows = [images, vqgan.decode(vqgan.encode(images)), drawn]
     pictures.grid(torch.cat(rows).float().cpu(), columns=len(images)).save(path)
 
-
-# ---- trained: from the compressor's latents to pixels --------------------------------------------
 
 def load(path, device="cpu"):
     """A trained StageB (its EMA), in eval mode, from a checkpoint of ours or a published one."""
@@ -674,21 +589,20 @@ class Decoder:
 
 
 def load_decoder(a, b, compressor=None, clip=None, device="cpu"):
-    """Load checkpoints a and b and the text encoder that B names, as published ones: CLIP-H.
+    """Load checkpoints a and b, and the text encoder that b names (a published one: CLIP-H).
 
     compressor: None where it is in b. clip: weights of the text encoder. Raises UsageError: a
-    missing file, a checkpoint of another stage, or stages that were not trained on each other.
+    missing file, one of another stage, or stages that were not trained on each other.
     """
     known = checkpoint.load_checkpoint(b, "B")
-    vqgan, model, net = stage_a.load(a, device), load(b, device), None
-    if compressor or known.get("compressor_ema"):
-        net = semantic_compressor.load(compressor or b, device)
+    vqgan, model = stage_a.load(a, device), load(b, device)
+    net = (semantic_compressor.load(compressor or b, device)
+           if compressor or known.get("compressor_ema") else None)
     if known.get("stage_a") not in (None, checkpoint.checksum(vqgan.state_dict())):
         raise UsageError(f"{b}: trained on the latents of another Stage A than {a}; give the one "
                          "it was trained with")
-    released = semantic_compressor.PRESETS["released"]
-    return Decoder(vqgan, model, net, net.scale if net else (released.latent_mean,
-                                                             released.latent_std),
+    scale = net.config if net else semantic_compressor.PRESETS["released"]
+    return Decoder(vqgan, model, net, (scale.latent_mean, scale.latent_std),
                    known_text_encoder(b, known, "clip-h", clip, device, model.config.text_width))
 
 
@@ -708,8 +622,7 @@ def draw_images(decoder, latents, prompts, seeds, steps=12, guidance=None, start
     model, (mean, std) = decoder.b, decoder.scale
     raw = model.config.condition == "raw"
     sem = latents * std + mean if raw else latents
-    shape = (len(latents), model.config.latent_channels,
-             latents.shape[2] * 32 // 3, latents.shape[3] * 32 // 3)
+    shape = (len(sem), model.config.latent_channels, *(n * 32 // 3 for n in sem.shape[2:]))
     guidance = model.config.guidance if guidance is None else guidance
     noise = generators((seed + 2 ** 31) % 2 ** 32 for seed in seeds)      # not the noise of Stage C
     start = ("gaussian" if raw else "tokens") if start is None else start

@@ -13,16 +13,12 @@ downsampling, and is cheap to train (Würstchen, §3.2 and Appendix E.3).
     --LayerNorm, 1x1--> A, B (B, 16, h, w) each --> eps_hat (B, 16, h, w)
     text (B, L, E) --MLP--> (B, L, D), read by every AttnBlock
 
-Letters: B batch, h w the latent's grid (24x24 for a 1024-px image), D width, L text tokens,
-E width of the text encoder, t noise level from 0 (clean) to 1 (noise). (B is also the name of half
-of the head, as in the paper; in code that is `b`.)
+Letters: B batch (the head's B is `b` in code), h w the latent's grid (24x24 for 1024 px), D width,
+L text tokens, E width of the text encoder, t noise level from 0 (clean) to 1 (noise).
 Architecture and attribute names follow the published v2 prior (dome272/Wuerstchen, modules.py).
 
     python stage_c.py --data shards/                         paper size, for a GPU
     python stage_c.py --data shards/shapes --preset pocket   two CPU cores, minutes
-
-A healthy pocket run prints: error by noise level starting near [t<.25 1.6 | .5 .9 | .75 .3 | 1 .04]
-(eps_hat = x_t: all signal is error) and falling at every level; the first number falls last.
 """
 
 import copy
@@ -39,8 +35,7 @@ import torch.utils.checkpoint
 
 # ---- Config --------------------------------------------------------------------------------------
 
-# Where each number comes from: the paper; the official code, where the paper is silent; ours, where
-# both are; "departs" where this file does otherwise than the paper.
+# Sources: the paper; the official code where it is silent; ours where both are; departs: unlike it
 @dataclass(frozen=True)
 class Config:
     # architecture
@@ -85,8 +80,7 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
-    # The later runs of E.3, each from the checkpoint of the one before (--init-from). Their warm-up
-    # is ours: short, because each begins with a new optimizer.
+    # the later runs of E.3, by --init-from; warmup: ours, short, as each has a new optimizer
     "paper-2": Config(image_size=1024, steps=364_000, warmup=500),
     "paper-3": Config(image_size=1024, steps=4_000, accumulate=8, warmup=500,      # 96 x 8 = 768
                       sizes=("768x1280", "1280x768", "768x768")),
@@ -103,23 +97,17 @@ PRESETS = {
 # ---- schedule: verbatim in stage_b.py and stage_c.py ---------------------------------------------
 
 def alpha_bar(t):
-    """Signal power left at noise level t: the cosine schedule (Nichol & Dhariwal, 2021), §3.2.
-
-    t: float tensor in [0, 1] of any shape. Clamped to [1e-4, 0.9999] (official code), so that
-    neither alpha_bar nor 1 - alpha_bar, by which the sampler divides, is ever 0.
-    """
+    """Signal power left at noise level t: the cosine schedule (Nichol & Dhariwal, 2021), §3.2."""
     s = 0.008                                                             # official code
     ratio = torch.cos((t + s) / (1 + s) * math.pi / 2) / math.cos(s / (1 + s) * math.pi / 2)
+    # official code: the sampler divides by alpha_bar and by 1 - alpha_bar, so both stay above 0
     return ratio.square().clamp(1e-4, 0.9999)
 
 
 def draw_t(n, device="cpu"):
-    """Draw n continuous noise levels (§3.2) as the official code does: (B,) float32 in [0.001, 1].
-
-    1.08 stretches U(0, 1) past the end and the clamp folds the surplus back: 7.5 % of all samples
-    are at exactly t = 1, where sampling starts and all of the picture is still to be decided.
-    0.001 keeps t away from 0, where there is no noise to predict.
-    """
+    """Draw n continuous noise levels (§3.2) as in the official code: float32 (B,) in [0.001, 1]."""
+    # 1.08 puts 7.5 % of all samples at exactly t = 1, where sampling starts and all of the picture
+    # is still to be decided; 0.001 keeps t away from 0, where there is no noise to predict
     return ((1 - torch.rand(n, device=device)) * 1.08 + 0.001).clamp(0.001, 1.0)
 
 
@@ -136,28 +124,6 @@ def randn(shape, generator=None, device="cpu"):
     return torch.randn(shape, generator=generator, device=device)
 
 
-# ---- schedule: Stage C alone ---------------------------------------------------------------------
-
-def p2_weight(t, form="paper"):
-    """How much each noise level counts in the loss (§3.2, after Choi et al., 2022). (B,) -> (B,).
-
-    Predicting the noise of a nearly clean latent is hard to do well and decides nothing that can be
-    seen; at high noise the subject of the picture is decided.
-    form: "paper" (1 - a_bar) / (1 + a_bar) = 1 / (1 + 2 SNR), with SNR = a_bar / (1 - a_bar);
-    "released" 1 - a_bar = 1 / (1 + SNR), which is Choi's with k = gamma = 1; "none" 1.
-    In the paper's form t = .25, .5, .75 count .083, .339, .748, and with t as draw_t draws it the
-    four quarters of t carry 1, 10, 27 and 62 % of all weight.
-    """
-    a_bar = alpha_bar(t)
-    if form == "paper":
-        return (1 - a_bar) / (1 + a_bar)
-    if form == "released":
-        return 1 - a_bar
-    if form == "none":
-        return torch.ones_like(a_bar)
-    raise ValueError(f"p2 form {form!r}: expected paper, released or none")
-
-
 # ---- blocks: verbatim in stage_b.py and stage_c.py -----------------------------------------------
 
 class LayerNorm2d(nn.LayerNorm):
@@ -171,10 +137,8 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class GlobalResponseNorm(nn.Module):
-    """Scale each channel by its norm over the grid, divided by the mean norm of all channels.
-
-    (B, h, w, C), channels last. The identity at init (ConvNeXt V2, Woo et al., 2023).
-    """
+    """(B, h, w, C): scale a channel by its norm over the grid / the mean norm of all channels."""
+    # ConvNeXt V2 (Woo et al., 2023). The identity at init
 
     def __init__(self, c):
         super().__init__()
@@ -189,10 +153,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Scale and shift every channel by the noise level. The identity at init.
-
-    departs: as in the official code; §3.2 mentions cross-attention for the time, too.
-    """
+    """Scale and shift each channel by the noise level (departs: §3.2 has cross-attention, too)."""
 
     def __init__(self, c, c_timestep):
         super().__init__()
@@ -212,11 +173,7 @@ def timestep_embedding(t, width):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, C) over itself and over conditions (B, M, C).
-
-    Keys and values are made by `read`, those of the conditions apart from x's own: while sampling
-    they are the same at every step and made once.
-    """
+    """Multi-head attention of x (B, N, C) over itself and over conditions (B, M, C)."""
 
     def __init__(self, c, heads, dropout):
         super().__init__()
@@ -224,17 +181,16 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])                    # published name: to_out.0
 
-    def read(self, tokens):                     # (B, M, C) -> keys, values (B, heads, M, C / heads)
+    def keys_values(self, tokens):              # (B, M, C) -> keys, values (B, heads, M, C / heads)
         return [layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                 for layer in (self.to_k, self.to_v)]
 
     def forward(self, x, keys, values):         # (B, N, C), twice (B, heads, M, C / heads)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
-        own_keys, own_values = self.read(x)
+        own_keys, own_values = self.keys_values(x)
         k = torch.cat([own_keys, keys], dim=2)                            # (B, heads, N + M, …)
         v = torch.cat([own_values, values], dim=2)
-        # dropout on the attention weights, as in the official code (diffusers drops the output)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0    # of the weights (diffusers: output)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)    # (B, heads, N, C / heads)
         return self.to_out[0](y.transpose(1, 2).flatten(2))               # (B, N, C)
 
@@ -253,16 +209,13 @@ class ResBlock(nn.Module):
             nn.Linear(4 * c, c))
 
     def forward(self, x):                                                 # (B, D, h, w)
-        y = self.norm(self.depthwise(x)).permute(0, 2, 3, 1)              # (B, h, w, D)
+        y = self.norm(self.depthwise(x)).permute(0, 2, 3, 1)    # (B, h, w, D): as x lies in memory
         return x + self.channelwise(y).permute(0, 3, 1, 2)
 
 
 class AttnBlock(nn.Module):
-    """Each latent position attends to all positions and all text tokens at once (E.3).
-
-    departs: one joint attention (official code), where the paper has cross-attention.
-    Unlike Stage B's there are no compressor latents among the keys.
-    """
+    """Each latent position attends to all positions and all text tokens at once (E.3)."""
+    # departs: one joint attention (official code), where the paper has cross-attention
 
     def __init__(self, c, heads, dropout):
         super().__init__()
@@ -270,11 +223,11 @@ class AttnBlock(nn.Module):
         self.attention = Attention(c, heads, dropout)
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c, c))
 
-    def read(self, text):                       # (B, L, D) -> keys, values (B, heads, L, D / heads)
-        return self.attention.read(self.kv_mapper(text))
+    def precompute(self, text):                 # (B, L, D) -> keys, values (B, heads, L, D / heads)
+        return self.attention.keys_values(self.kv_mapper(text))
 
-    def forward(self, x, text, read=None):      # (B, D, h, w), (B, L, D), what `read` made before
-        keys, values = read or self.read(text)
+    def forward(self, x, text, precomputed=None):       # (B, D, h, w), (B, L, D)
+        keys, values = precomputed or self.precompute(text)
         y = self.norm(x).flatten(2).transpose(1, 2)                       # (B, h*w, D)
         return x + self.attention(y, keys, values).transpose(1, 2).unflatten(2, x.shape[-2:])
 
@@ -284,14 +237,12 @@ class AttnBlock(nn.Module):
 def ab_to_eps(x_t, a, b):
     """The A/B head: eps_hat = (x_t - A) / (|1 - B| + 1e-5), §3.2.
 
-    Reads as the forward process solved for the noise: A stands for the signal part
-    sqrt(alpha_bar) x_0, |1 - B| for the noise's size sqrt(1 - alpha_bar). The absolute value keeps
-    the divisor positive when B overshoots 1, the 1e-5 keeps it away from zero.
-    The output layer starts at zero, so A = B = 0 and eps_hat = x_t / (1 + 1e-5): the input is
-    returned. With a = alpha_bar its error is (1 - sqrt(1 - a))^2 + a: 1.95 at t = .01, .58 at .5,
-    .0001 at 1. A network that predicts eps from zero has an error of 1 at every t. So this head
-    starts better where p2 puts its weight, at high noise; the paper suspects that the usual start
-    made training unstable.
+    It is the forward process solved for the noise: A stands for the signal sqrt(alpha_bar) x_0,
+    |1 - B| for the noise's size sqrt(1 - alpha_bar), positive also where B overshoots 1.
+    At init A = B = 0, so eps_hat = x_t / (1 + 1e-5). With a = alpha_bar the error of that is
+    (1 - sqrt(1 - a))^2 + a: 1.95 at t = .01, .58 at .5, .0001 at 1. A network that predicts eps
+    from zero has an error of 1 at every t. So this head starts better where p2 puts its weight, at
+    high noise; the paper suspects that the usual start made training unstable.
     """
     return (x_t - a) / ((1 - b).abs() + 1e-5)
 
@@ -322,7 +273,7 @@ class StageC(nn.Module):
             if isinstance(block, ResBlock):        # depth residuals add up to the variance of one
                 block.channelwise[-1].weight.data *= (1 / self.config.depth) ** 0.5
             if isinstance(block, TimestepBlock):
-                nn.init.zeros_(block.mapper.weight)
+                nn.init.zeros_(block.mapper.weight)            # scale 1, shift 0: the identity
             if isinstance(block, AttnBlock):       # there q, k, v are one (3c, c) matrix
                 for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
                     nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
@@ -330,49 +281,56 @@ class StageC(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.out[1].weight)         # A = B = 0: see ab_to_eps
 
-    def read(self, text):
-        """(B, L, text_width) -> (keys, values) of each attention block, in the order of forward."""
+    def precompute(self, text):
+        """(B, L, E) -> keys, values of each attention block: made once for all sampling steps."""
         text = self.cond_mapper(text)                                     # (B, L, D)
-        return [block.read(text) for block in self.blocks if isinstance(block, AttnBlock)]
+        return [block.precompute(text) for block in self.blocks if isinstance(block, AttnBlock)]
 
-    def forward(self, x_t, t, text, read=None):
-        """read: what `read` made of the same text, or None."""
+    def forward(self, x_t, t, text, precomputed=None):
         t_embedding = timestep_embedding(t, self.config.timestep_width)   # (B, 64)
-        text = self.cond_mapper(text) if read is None else None           # (B, L, D)
-        reads = iter(read or [None] * self.config.depth)
-        x = self.projection(x_t)                                          # (B, D, h, w)
-        x = x.contiguous(memory_format=torch.channels_last)     # the blocks' (B, h, w, D): no copy
+        text = self.cond_mapper(text) if precomputed is None else None    # (B, L, D)
+        precomputed = iter(precomputed or ())
+        recompute = self.config.checkpoint_activations and self.training
+        x = self.projection(x_t).contiguous(memory_format=torch.channels_last)    # (B, D, h, w)
         for block in self.blocks:
-            condition = ()                                                # of a ResBlock
-            if isinstance(block, TimestepBlock):
-                condition = (t_embedding,)
-            elif isinstance(block, AttnBlock):
-                condition = (text, next(reads))
-            if self.config.checkpoint_activations and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, *condition, use_reentrant=False)
-            else:
-                x = block(x, *condition)
+            condition = (t_embedding,) if isinstance(block, TimestepBlock) else ()
+            if isinstance(block, AttnBlock):
+                condition = (text, next(precomputed, None))
+            x = (torch.utils.checkpoint.checkpoint(block, x, *condition, use_reentrant=False)
+                 if recompute else block(x, *condition))
         a, b = self.out(x).float().chunk(2, dim=1)                        # (B, 16, h, w) each
         return ab_to_eps(x_t, a, b)
 
 
 # ---- loss ----------------------------------------------------------------------------------------
 
-def drop_text(text, null_text, rate):
-    """Replace the text of a share `rate` of the samples by the tokens of the empty caption (§3.2).
+def p2_weight(t, form="paper"):
+    """How much each noise level counts in the loss (§3.2, after Choi et al., 2022). (B,) -> (B,).
 
-    text: (B, L, E); null_text: (1, L, E). Each sample by itself (official code: whole batches).
+    Predicting the noise of a nearly clean latent is hard to do well and decides nothing that can be
+    seen; at high noise the subject of the picture is decided. With the paper's form t = .25, .5,
+    .75 count .083, .339, .748; as draw_t draws t, its quarters carry 1, 10, 27, 62 % of the weight.
     """
-    dropped = torch.rand(len(text), 1, 1, device=text.device) < rate
+    a_bar = alpha_bar(t)                                 # SNR, signal to noise: a_bar / (1 - a_bar)
+    forms = {"paper": (1 - a_bar) / (1 + a_bar),         # = 1 / (1 + 2 SNR)
+             "released": 1 - a_bar,                      # = 1 / (1 + SNR): Choi's, k = gamma = 1
+             "none": torch.ones_like(a_bar)}
+    if form not in forms:
+        raise ValueError(f"p2 form {form!r}: expected paper, released or none")
+    return forms[form]
+
+
+def drop_text(text, null_text, rate):
+    """Replace the text (B, L, E) of a share of samples by the empty caption's (1, L, E), §3.2."""
+    dropped = torch.rand(len(text), 1, 1, device=text.device) < rate    # official: whole batches
     return torch.where(dropped, null_text, text)
 
 
 def loss(model, x_0, text, t=None, noise=None, p2=None):
-    """p2-weighted error of the predicted noise (§3.2).
+    """p2-weighted error of the predicted noise (§3.2) -> scalar, t, unweighted error of each (B,).
 
-    x_0: (B, 16, h, w) standardised compressor latents. text: (B, L, E). t: (B,) in [0, 1], drawn if
-    None. noise: like x_0, drawn if None. p2: a form of p2_weight; the model's if None. Returns the
-    loss (scalar), t (B,) and the unweighted error of each sample (B,), without a gradient.
+    x_0: (B, 16, h, w), the compressor's standardised latents. text: (B, L, E). t (B,) and noise (as
+    x_0) are drawn if None. p2: a form of p2_weight; the model's if None.
     """
     t = draw_t(len(x_0), x_0.device) if t is None else t
     noise = torch.randn_like(x_0) if noise is None else noise
@@ -388,27 +346,24 @@ def ddpm_sample(model, shape, text, null_text, steps=60, guidance=4.0, x=None, g
                 history=None):
     """Draw standardised latents from text: DDPM (Ho et al., 2020), §3.3, on evenly spaced t.
 
-    shape: (B, 16, h, w). text: (B, L, E); null_text: (1, L, E) or (B, L, E). steps: 60 (§4), or
-    the levels themselves, falling from 1 to 0, as RELEASED_LEVELS.
+    shape: (B, 16, h, w). text: (B, L, E); null_text: (1, L, E) or (B, L, E). steps: 60 (§4), or the
+    levels from 1 to 0. x: the start, noise if None. generator: one, or a list of one per sample.
+    history: a list that receives x after each step.
     guidance: classifier-free guidance (Ho & Salimans, 2022). Training drops some texts, so the one
     model predicts with the text and without, and eps_hat = null + guidance * (conditional - null)
     goes on from what the text changes: above 1 further, 1 is conditional, 0 unconditional.
-    x: the start at t = 1, noise if None. generator: a torch.Generator, or a list of one per sample.
-    history: a list that receives x after each step.
     """
     device = next(model.parameters()).device
     x = randn(shape, generator, device) if x is None else x
     if guidance != 1:                                   # one batch: conditional, unconditional
         text = torch.cat([text, null_text.expand_as(text)])
-    read = model.read(text)                                               # once, not at every step
+    precomputed = model.precompute(text)
     levels = torch.linspace(1, 0, steps + 1) if isinstance(steps, int) else torch.tensor(steps)
-    levels = levels.to(device)
-    for t, t_next in zip(levels[:-1], levels[1:]):
-        if guidance == 1:
-            eps_hat = model(x, t.expand(len(x)), text, read)
-        else:
-            both = model(torch.cat([x, x]), t.expand(2 * len(x)), text, read)
-            conditional, null = both.chunk(2)
+    for t, t_next in zip(levels.to(device), levels[1:].to(device)):
+        both = x if guidance == 1 else torch.cat([x, x])
+        eps_hat = model(both, t.expand(len(both)), text, precomputed)
+        if guidance != 1:
+            conditional, null = eps_hat.chunk(2)
             eps_hat = null + guidance * (conditional - null)
         a_bar, a_bar_next = alpha_bar(t), alpha_bar(t_next)
         a = a_bar / a_bar_next                                            # alpha of this step
@@ -437,14 +392,12 @@ from plumbing.text import text_encoder
 def train(config, source, out, path_a, path_b, clip=None, init_from=None):
     """Train on captioned images or on cached latents. Goes on by itself if `out` holds a run.
 
-    path_a: checkpoint of Stage A, for previews; may be missing. path_b: of Stage B, which holds the
-    trained compressor. clip: local weights of the text encoder, or None for the hub. init_from: a
-    checkpoint whose weights a new run begins with.
+    path_a: Stage A, for previews alone: may be missing. path_b: Stage B with the compressor. clip:
+    weights of the text encoder; None: the hub's. init_from: weights that a new run begins with.
     """
     device = training.setup(config.seed)
-    # two frozen networks: one makes the latents that C learns to draw, one the tokens it reads
-    compressor = semantic_compressor.load(path_b, device)
-    encoder = text_encoder(config.text_encoder, clip, device, config.text_width)
+    compressor = semantic_compressor.load(path_b, device)   # frozen: its latents are what C draws
+    encoder = text_encoder(config.text_encoder, clip, device, config.text_width)    # frozen
     null_text = encoder([""])                                             # (1, L, E)
     dataset = training_data(config, source, compressor)
 
@@ -488,19 +441,16 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 value, t, error = loss(model, x_0, text)
             run.note(t, error)
-            # backward
             (value / config.accumulate).backward()
-        # clip
+        # clip, lr, step
         training.average_gradients(model.parameters())
         grad = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        # lr, step
         lr = training.learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if run.finite(grad):
             optimizer.step()
-            # EMA
-            training.ema_update(ema, model, step, config.ema)
+            training.ema_update(ema, model, step, config.ema)             # EMA
         # log, preview, checkpoint
         run.log(loss=value, grad=grad, lr=lr)
         if run.due("preview"):
@@ -510,10 +460,7 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None):
 
 
 def training_data(config, source, compressor):
-    """Images at Stage A's size, at the compressor's for --sizes; or latents if `source` holds them.
-
-    Raises UsageError where the settings do not fit together.
-    """
+    """Images at Stage A's size, at the compressor's for --sizes; or latents if source has them."""
     cached = semantic_compressor.cached(source, compressor)
     sizes = [tuple(int(side) for side in size.split("x")) for size in config.sizes]     # (H, W)
     if sizes and (cached or config.remember):
@@ -531,15 +478,14 @@ def training_data(config, source, compressor):
 @torch.no_grad()
 def preview(model, encoder, captions, path_a, path_b, clip, path):
     """Sixteen captions of the data at fixed noise, decoded by B and A if there is a Stage A."""
-    side = model.config.image_size * 3 // 128
-    generators = [torch.Generator().manual_seed(index) for index in range(len(captions))]
-    latents = ddpm_sample(model, (len(captions), model.config.latent_channels, side, side),
-                          encoder(captions), encoder([""]), steps=20, generator=generators)
+    side, seeds = model.config.image_size * 3 // 128, range(len(captions))
+    shape = (len(captions), model.config.latent_channels, side, side)
+    latents = ddpm_sample(model, shape, encoder(captions), encoder([""]), steps=20,
+                          generator=stage_b.generators(seeds))
+    images = pictures.latent_picture(latents)
     if Path(path_a).exists():
         decoder = stage_b.load_decoder(path_a, path_b, clip=clip, device=latents.device)
-        images = stage_b.draw_images(decoder, latents, captions, range(len(captions)))
-    else:
-        images = pictures.latent_picture(latents)
+        images = stage_b.draw_images(decoder, latents, captions, seeds)
     pictures.grid(images.float().cpu(), 4, captions).save(path)
 
 

@@ -276,7 +276,7 @@ class Oracle(nn.Module):
         super().__init__()
         self.module, self.x_0, self.weight = module, x_0, nn.Parameter(torch.zeros(()))
 
-    def read(self, *conditions):
+    def precompute(self, *conditions):
         return conditions[-1]
 
     def forward(self, x_t, t, *conditions):
@@ -303,7 +303,7 @@ class Conditional(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def read(self, *conditions):
+    def precompute(self, *conditions):
         return conditions[-1]
 
     def forward(self, x_t, t, *conditions):

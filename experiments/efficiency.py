@@ -197,10 +197,10 @@ class Theirs(nn.Module):
         if fused:
             self.prior.set_attn_processor(AttnProcessor2_0())
 
-    def read(self, text):                               # it makes keys and values at every step
+    def precompute(self, text):                         # it makes keys and values at every step
         return None
 
-    def forward(self, x_t, t, text, read=None):
+    def forward(self, x_t, t, text, precomputed=None):
         return self.prior(x_t, t, text)
 
 

@@ -15,19 +15,20 @@ from test_shapes import TEXT, TINY_B, TINY_C, shake
 
 
 @pytest.mark.parametrize("module", [stage_b, stage_c])
-def test_conditions_are_read_once(module, monkeypatch):
-    """`read` is called once per sampling, and what it returns gives the same as the tokens."""
+def test_conditions_are_precomputed_once(module, monkeypatch):
+    """`precompute` is called once per sampling; what it returns gives the same as the tokens."""
     config = {stage_b: TINY_B, stage_c: TINY_C}[module]
     model = shake({stage_b: stage_b.StageB, stage_c: stage_c.StageC}[module](config)).eval()
     x, t = torch.randn(2, *((4, 16, 16) if module is stage_b else (16, 3, 3))), torch.rand(2)
     text = torch.randn(2, *TEXT)
     sem = (torch.randn(2, 16, 3, 3),) if module is stage_b else ()
     with torch.no_grad():
-        assert torch.equal(model(x, t, *sem, text), model(x, t, *sem, text, model.read(*sem, text)))
-        assert not torch.equal(model(x, t, *sem, text),
-                               model(x, t, *sem, text, model.read(*sem, -text)))
-    calls, read = [], model.read
-    monkeypatch.setattr(model, "read", lambda *given: calls.append(len(given[0])) or read(*given))
+        out, precompute = model(x, t, *sem, text), model.precompute
+        assert torch.equal(out, model(x, t, *sem, text, precompute(*sem, text)))
+        assert not torch.equal(out, model(x, t, *sem, text, precompute(*sem, -text)))
+    calls = []
+    monkeypatch.setattr(model, "precompute", lambda *given: (
+        calls.append(len(given[0])) or precompute(*given)))
     for guidance in (1, 2):
         module.ddpm_sample(model, x.shape, *sem, text, *sem, text[:1], 3, guidance)
     assert calls == [2, 4]
@@ -44,17 +45,20 @@ def test_channels_last_changes_nothing(module, monkeypatch):
     x, t = torch.randn(2, *((4, 16, 16) if module is stage_b else (16, 6, 5))), torch.rand(2)
     sem = (torch.randn(2, 16, 3, 3),) if module is stage_b else ()
     text, found = torch.randn(2, *TEXT), []
-    given = []                                          # is what a ResBlock gets channels-last?
-    block = next(layer for layer in model.modules() if isinstance(layer, module.ResBlock))
-    block.register_forward_pre_hook(lambda _, inputs: given.append(
-        all(one.is_contiguous(memory_format=CHANNELS_LAST) for one in inputs if one is not None)))
+    given = []                                          # is what the ResBlocks get channels-last?
+    for block in model.modules():
+        if isinstance(block, module.ResBlock):
+            block.register_forward_pre_hook(lambda _, inputs: given[-1].extend(
+                one.is_contiguous(memory_format=CHANNELS_LAST)
+                for one in (inputs[0], *(inputs[1:] and inputs[1]))))
     for memory_format in (CHANNELS_LAST, torch.contiguous_format):
+        given.append([])
         monkeypatch.setattr(torch, "channels_last", memory_format)
         model.zero_grad()
         out = model(x, t, *sem, text)
         out.square().mean().backward()
         found.append((out.detach(), [p.grad.clone() for p in model.parameters()]))
-    assert given == [True, False]
+    assert all(given[0]) and not all(given[1])
     assert_close(*[one[0] for one in found], atol=1e-4, rtol=1e-4)
     for one, two in zip(found[0][1], found[1][1]):
         assert_close(one, two, atol=1e-4 * max(1.0, one.abs().max().item()), rtol=1e-3)
