@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn as nn
 from torch.testing import assert_close
 
 import semantic_compressor
@@ -99,13 +100,44 @@ def test_own_generator_per_sample(module):
 
 
 def test_perceptual_network():
-    """The VGG16 distance (random weights) is 0 for equal pictures and has gradients otherwise."""
+    """The VGG16 distance (random weights) is 0 for equal pictures and has gradients otherwise.
+
+    By hand: five layers that do nothing, features at an angle of 60 degrees: 2 - 2 cos = 1 each.
+    """
     network = stage_a.VGG16Perceptual(weights=None)
+    layers = [type(layer) for layer in network.features] + [nn.MaxPool2d]      # the last: cut off
+    for depth in network.depths:
+        assert layers[depth:depth + 2] == [nn.ReLU, nn.MaxPool2d], f"no ReLU to pool at {depth}"
     a, b = torch.rand(1, 3, 32, 32, requires_grad=True), torch.rand(1, 3, 32, 32)
     assert network(b, b) == 0
     network(a, b).backward()
     assert a.grad.abs().max() > 0
-    assert stage_a.perceptual_network("none") is None
+    network.features = nn.Sequential(*[nn.Identity() for _ in range(30)])
+    # ImageNet's mean, and one standard deviation above it in two channels: (1, 1, 0) and (0, 1, 1)
+    a, b = (torch.tensor(colour).view(1, 3, 1, 1)
+            for colour in ([0.714, 0.680, 0.406], [0.485, 0.680, 0.631]))
+    assert network(a, b).item() == pytest.approx(5, abs=1e-4), (
+        "the distance is not that of features of unit length at five depths, of colours that are "
+        "standardised with ImageNet's mean and deviation")
+
+
+def test_discriminator_of_esser(chain):
+    """Its initial weights, and the betas of its AdamW, are those of Esser et al."""
+    judge = stage_a.PatchDiscriminator()
+    assert judge(torch.rand(2, 3, 64, 96)).shape == (2, 1, 6, 10)
+    for layer in judge.layers:
+        if isinstance(layer, nn.Conv2d):
+            assert_close(layer.weight.std(), torch.tensor(0.02), rtol=0.1, atol=0,
+                         msg="convolutions of the discriminator do not start as N(0, .02)")
+        if isinstance(layer, nn.BatchNorm2d):
+            mean, std = layer.weight.mean().item(), layer.weight.std().item()
+            assert abs(mean - 1) < 0.01 and 0.015 < std < 0.025 and not layer.bias.any(), (
+                f"its BatchNorm's gamma starts as N({mean:.3f}, {std:.3f}), not N(1, .02)")
+    state = torch.load(chain / "stage_a/checkpoint.pt", weights_only=True)
+    betas = {name: tuple(state[name]["param_groups"][0]["betas"])
+             for name in ("optimizer", "optimizer_d")}
+    assert betas == {"optimizer": (0.9, 0.999), "optimizer_d": (0.5, 0.9)}, (
+        "the discriminator's betas are those of Esser et al., the VQGAN's are torch's")
 
 
 @pytest.mark.parametrize("module, config", [(stage_b, TINY_B), (stage_c, TINY_C)])
