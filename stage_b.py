@@ -556,7 +556,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
                                    filters=data.filters(config))
     # images to preview and to measure BatchNorm on: 64 of 1024 px, at most 256 of smaller ones
     fixed = data.preview_batch(dataset, min(256, 2 ** 26 // config.image_size ** 2), device)
-    settling = semantic_compressor.resize(fixed["images"])
+    calibration = semantic_compressor.resize(fixed["images"])
 
     run = training.Run("B", config, out, device, init_from, samples=len(dataset),
                        stage_a=checkpoint.checksum(vqgan.state_dict()),
@@ -569,7 +569,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
         model.load_state_dict(load(init_from).state_dict())
     ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False)
                            for net in (model, compressor))
-    # After its average was copied: that one is measured by the first process alone (`settle`).
+    # After its average was copied: that one is measured by the first process alone (`measure`).
     compressor = training.synchronised(compressor)
     optimizer = torch.optim.AdamW(
         [dict(params=model.parameters(), share=1.0),
@@ -604,7 +604,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
     for step in run.steps():
         optimizer.zero_grad(set_to_none=True)
         if trained and step == freeze:
-            semantic_compressor.settle(compressor, settling)
+            semantic_compressor.measure_batchnorm(compressor, calibration)
         compressor.train(trained and step < freeze)
         for _ in range(config.accumulate):
             # batch, targets
@@ -633,7 +633,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
         # log, preview, checkpoint
         run.log(loss=value, grad=grad, lr=lr)
         if run.due("preview") or run.due("save"):
-            measured = (semantic_compressor.measure(compressor_ema, settling, step >= freeze)
+            measured = (semantic_compressor.measure(compressor_ema, calibration, step >= freeze)
                         if trained else compressor_ema.config)
         if run.due("preview"):
             preview(ema, compressor_ema, measured, vqgan, encoder, fixed, run.preview)
