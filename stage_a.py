@@ -1,28 +1,24 @@
 """Stage A: a VQGAN that turns pixels into a latent 4 times smaller on each side, and back.
 
 Trained first, used last: Stage B learns to draw Stage A's latents, and Stage A's decoder turns
-what it drew into pixels (Würstchen, §3.1 and Appendix E.1).
+what it drew into pixels (Würstchen, §3.1 and E.1).
 
     images (B, 3, H, W) in [0, 1]  --encode-->  latents (B, 4, H/4, W/4)  --decode-->  images
                                                    |  quantize: the nearest of 8,192 codes
                                                    v
                                                 tokens (B, H/4, W/4)
 
-Quantisation shapes the latent space while Stage A trains and is dropped afterwards: Stage B works
-on the unquantised latents (§3.1). So that the decoder is used to them, 10 % of the training
-samples skip the quantiser (E.1).
+Quantisation shapes the latent space while Stage A trains. Stage B works on the unquantised latents
+(§3.1); for the decoder to learn those, too, 10 % of the training samples skip the quantiser (E.1).
 
     loss = 1.0 * MSE  +  0.1 * perceptual  +  w * adversarial  +  codebook + 0.25 * commitment
            w = 0 for the first 10,000 steps, then 0.01                                       (E.1)
 
 Letters: B batch, C channels, H W height and width of the image, h w of a latent grid, K codes.
-Architecture follows the published v1/v2 VQGAN (dome272/Wuerstchen, vqgan.py): same attribute
-names, so that its weights load without renaming.
+Architecture and attribute names are those of the published VQGAN (dome272/Wuerstchen, vqgan.py).
 
     python stage_a.py --data shards/                         paper size, for a GPU
     python stage_a.py --data shards/shapes --preset pocket   two CPU cores, minutes
-
-A healthy pocket run prints: psnr above 20 after 100 steps and rising, codes_used above .9 at 300.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -42,9 +38,8 @@ class Config:
     decoder_blocks: int = 16           # paper, E.1: 23.1 M (its "18M" is `released`, with 12)
     latent_channels: int = 4           # paper, E.1
     codebook_size: int = 8192          # paper, §3.1
-    # scale of the latents, standardised = (raw - mean) / std: measured when a checkpoint is written
-    latent_mean: float = 0.0
-    latent_std: float = 1.0
+    latent_mean: float = 0.0           # of raw latents, measured when a checkpoint is written
+    latent_std: float = 1.0            # likewise
     # loss
     mse_weight: float = 1.0            # paper, E.1
     perceptual_weight: float = 0.1     # paper, E.1
@@ -52,8 +47,7 @@ class Config:
     adversarial_start: int = 10_000    # paper, E.1
     commitment: float = 0.25           # official code
     quantise_drop: float = 0.1         # paper, E.1
-    perceptual: Literal["vgg16", "none"] = "vgg16"   # ours: the paper names no network;
-                                       # "none" needs no download
+    perceptual: Literal["vgg16", "none"] = "vgg16"   # ours: E.1 names none; "none": no download
     revive_every: int = 100            # ours: steps between replacements of unused codes
     # data
     resize: int = 256                  # paper, E.1
@@ -132,10 +126,9 @@ class VectorQuantizer(nn.Module):
         # The nearest code, 32,768 vectors at a time. In float32 and without a matrix product, even
         # under autocast: distances from bf16 pick another code for one vector in seven.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            indices = torch.cat([
-                torch.cdist(rows.float(), codes.float(),
-                            compute_mode="donot_use_mm_for_euclid_dist")
-                .argmin(1) for rows in x.flatten(0, 2).split(32_768)])    # (n, K) -> (n,)
+            indices = torch.cat([                                         # (n, K) -> (n,)
+                torch.cdist(rows, codes.float(), compute_mode="donot_use_mm_for_euclid_dist")
+                .argmin(1) for rows in x.flatten(0, 2).float().split(32_768)])
             indices = indices.view(x.shape[:3])                           # (B, h, w)
         quantised = self.embedding(indices).permute(0, 3, 1, 2)           # (B, C, h, w)
         # The first term moves codes towards latents, the second latents towards codes.
@@ -153,31 +146,24 @@ class StageA(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        c0, c1 = config.widths
-        z = config.latent_channels
+        (c0, c1), z = config.widths, config.latent_channels
         self.in_block = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(3 * 4, c0, 1))
         self.down_blocks = nn.Sequential(
-            ResBlock(c0, 4 * c0),
-            nn.Conv2d(c0, c1, 4, stride=2, padding=1),
-            ResBlock(c1, 4 * c1),
+            ResBlock(c0, 4 * c0), nn.Conv2d(c0, c1, 4, stride=2, padding=1), ResBlock(c1, 4 * c1),
             # BatchNorm holds the latents at unit variance, without a KL term
             nn.Sequential(nn.Conv2d(c1, z, 1, bias=False), nn.BatchNorm2d(z)))
         self.vquantizer = VectorQuantizer(config.codebook_size, z)
         self.up_blocks = nn.Sequential(
             nn.Sequential(nn.Conv2d(z, c1, 1)),
             *[ResBlock(c1, 4 * c1) for _ in range(config.decoder_blocks)],
-            nn.ConvTranspose2d(c1, c0, 4, stride=2, padding=1),
-            ResBlock(c0, 4 * c0))
+            nn.ConvTranspose2d(c1, c0, 4, stride=2, padding=1), ResBlock(c0, 4 * c0))
         self.out_block = nn.Sequential(nn.Conv2d(c0, 3 * 4, 1), nn.PixelShuffle(2))
 
     def encode(self, images):
-        """(B, 3, H, W) in [0, 1] -> unquantised latents (B, 4, H/4, W/4).
-
-        ValueError if H or W is not a multiple of 4.
-        """
-        if images.shape[-2] % 4 or images.shape[-1] % 4:
-            raise ValueError(f"Stage A found an image of {images.shape[-2]}x{images.shape[-1]}, "
-                             "expected height and width to be multiples of 4")
+        """(B, 3, H, W) in [0, 1] -> unquantised latents (B, 4, H/4, W/4)."""
+        H, W = images.shape[-2:]
+        if H % 4 or W % 4:
+            raise ValueError(f"Stage A found an image of {H}x{W}, expected multiples of 4")
         return self.down_blocks(self.in_block(images))
 
     def quantize(self, latents):
@@ -196,14 +182,9 @@ class StageA(nn.Module):
         return latents * self.config.latent_std + self.config.latent_mean
 
     def random_tokens(self, shape, generators=None):
-        """Codes drawn at random, standardised: where Stage B's sampling starts (§3.3).
-
-        shape: (B, 4, h, w). generators: None, or one torch.Generator for each sample.
-        """
-        indices = torch.stack([                                           # (B, h, w)
-            torch.randint(self.config.codebook_size, shape[2:],
-                          generator=generators[i] if generators else None)
-            for i in range(shape[0])])
+        """Random codes (B, 4, h, w), standardised: Stage B's start (§3.3). generators: one each."""
+        indices = torch.stack([torch.randint(self.config.codebook_size, shape[2:], generator=one)
+                               for one in generators or [None] * shape[0]])      # (B, h, w)
         codes = self.vquantizer.embedding(indices.to(self.vquantizer.embedding.weight.device))
         return self.standardise(codes.permute(0, 3, 1, 2))                # (B, 4, h, w)
 
@@ -211,24 +192,23 @@ class StageA(nn.Module):
 # ---- a network that only judges ------------------------------------------------------------------
 
 class PatchDiscriminator(nn.Module):
-    """Patch discriminator of Esser et al. (2021): one logit for each 70x70 patch, not one an image.
+    """Patch discriminator of Esser et al. (2021), whom E.1 names: one logit for each 70x70 patch.
 
-    departs: the official repository has another one (spectral norm, sigmoid at its end) that no
-    training script uses; the paper says "trained as described by Esser et al.".
+    departs: the official repository has another (spectral norm, a last sigmoid); nothing trains it.
     """
 
     def __init__(self, width=64):
         super().__init__()
-        layers, c = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)], width
-        for stride in (2, 2, 1):
-            c_next = min(2 * c, 8 * width)
-            layers += [nn.Conv2d(c, c_next, 4, stride, 1, bias=False), nn.BatchNorm2d(c_next),
+        layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for c, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
+            layers += [nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), nn.BatchNorm2d(2 * c),
                        nn.LeakyReLU(0.2)]
-            c = c_next
-        self.layers = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, 1, 1))
-        for layer in self.layers:
+        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
+        for layer in self.layers:                                 # Esser et al., after pix2pix
             if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, 0.0, 0.02)               # Esser et al., after pix2pix
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            elif isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1.0, 0.02)          # its bias is 0
 
     def forward(self, images):                                            # (B, 3, H, W) in [0, 1]
         return self.layers(images * 2 - 1)                                # (B, 1, H/8 - 2, W/8 - 2)
@@ -239,24 +219,23 @@ class PatchDiscriminator(nn.Module):
 def loss(model, images, perceptual=None, discriminator=None, drop=None):
     """What the encoder, codebook and decoder minimise (E.1): -> scalar, and a dict of what it saw.
 
-    images: (B, 3, H, W) in [0, 1]. perceptual: a function of two batches of images, or None.
-    discriminator: None before its start step. drop: (B,) bool, the samples that skip the quantiser;
-    drawn with 10 % if None. The dict: decoded (B, 3, H, W), latents (B, 4, H/4, W/4), indices
-    (B, H/4, W/4), mse (scalar), all without a gradient.
+    images: (B, 3, H, W) in [0, 1]. perceptual: a distance of two batches of images, or None.
+    discriminator: None before its start step. drop: (B,) bool, the samples that skip the quantiser,
+    drawn if None. The dict: decoded images, latents, indices and mse, without a gradient.
     """
     config = model.config
     latents = model.encode(images)                                        # (B, 4, H/4, W/4)
-    quantised, indices, vq_loss = model.quantize(latents)
+    quantised, indices, vq_loss = model.quantize(latents)                 # indices (B, H/4, W/4)
     if drop is None:
         drop = torch.rand(len(images), device=images.device) < config.quantise_drop
-    decoded = model.decode(torch.where(drop.view(-1, 1, 1, 1), latents, quantised))
+    decoded = model.decode(torch.where(drop.view(-1, 1, 1, 1), latents, quantised))  # like images
     mse = F.mse_loss(decoded, images)
     total = config.mse_weight * mse + vq_loss
     if perceptual is not None:
         total = total + config.perceptual_weight * perceptual(decoded, images)
     if discriminator is not None:
-        # Hinge GAN, generator's side: raise the logits of what we decoded. The weight is fixed
-        # (E.1); Esser et al. instead balance it by gradient norms.
+        # Hinge GAN, generator's side: raise the logits of what we decoded. E.1 has a fixed weight;
+        # Esser et al. balance it by gradient norms.
         total = total - config.adversarial_weight * discriminator(decoded).mean()
     return total, dict(decoded=decoded.detach(), latents=latents.detach(), indices=indices,
                        mse=mse.detach())
@@ -279,9 +258,6 @@ class CodeUsage(nn.Module):
         super().__init__()
         self.register_buffer("used", torch.zeros(codebook_size, dtype=torch.bool))     # (K,)
 
-    def note(self, indices):
-        self.used[indices.flatten()] = True
-
     @torch.no_grad()
     def revive(self, codes, latents):
         """Put every unused one of `codes` (K, C) onto a random vector of `latents` (B, C, h, w)."""
@@ -297,8 +273,8 @@ def latent_scale(model, images):
     latents = torch.cat([model.eval().encode(part) for part in images.split(32)]).float()
     model.train(training)
     if not latents.isfinite().all():
-        raise ValueError("Stage A's latents are not finite any more, so nothing was saved; "
-                                 "the checkpoint is the one before. Try a lower --lr")
+        raise ValueError("Stage A's latents are not finite any more, so nothing was saved; the "
+                         "checkpoint is the one before. Try a lower --lr")
     return latents.mean().item(), latents.std().item()
 
 
@@ -313,15 +289,17 @@ def train(config, source, out):
     device = training.setup(config.seed)
     dataset = data.CaptionedImages(source, resize=config.resize, crop=config.crop, seed=config.seed,
                                    filters=data.filters(config))
-    fixed = data.preview_batch(dataset, 128, device)["images"]            # also measures the scale
+    preview_batch = data.preview_batch(dataset, 128, device)["images"]    # and to measure the scale
 
     run = training.Run("A", config, out, device, samples=len(dataset))
     model = training.synchronised(StageA(config).to(device).train())
     discriminator = training.synchronised(PatchDiscriminator().to(device).train())
-    perceptual = perceptual_network(config.perceptual, device)
+    perceptual = None if config.perceptual == "none" else VGG16Perceptual().to(device)
     usage = CodeUsage(config.codebook_size).to(device)
-    optimizer, optimizer_d = (torch.optim.AdamW(net.parameters(), lr=config.lr, fused=True)
-                              for net in (model, discriminator))
+    # AdamW and lr: paper, E.1, which names no betas. Esser et al. have (.5, .9) for both networks;
+    # the VQGAN departs: torch's (.9, .999), with which the weights in pocket/ were trained.
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, fused=True)
+    optimizer_d = torch.optim.AdamW(discriminator.parameters(), config.lr, (0.5, 0.9), fused=True)
     batches = data.Stream(dataset, config)
     run.restore(model=model, discriminator=discriminator, usage=usage, optimizer=optimizer,
                 optimizer_d=optimizer_d, batches=batches)
@@ -330,7 +308,7 @@ def train(config, source, out):
         model.up_blocks.compile()
 
     for step in run.steps():
-        adversarial = step >= config.adversarial_start
+        judge = discriminator if step >= config.adversarial_start else None
         optimizer.zero_grad(set_to_none=True)
         optimizer_d.zero_grad(set_to_none=True)
         for _ in range(config.accumulate):
@@ -342,19 +320,18 @@ def train(config, source, out):
             # loss: here the discriminator only judges …
             discriminator.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                value, found = loss(model, images, perceptual,
-                                    discriminator if adversarial else None)
-            usage.note(found["indices"])
+                value, found = loss(model, images, perceptual, judge)
+            usage.used[found["indices"]] = True
             # backward
             (value / config.accumulate).backward()
-            if adversarial:                                               # … here it only learns
+            if judge:                                                     # … here it only learns
                 discriminator.requires_grad_(True)
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     value_d = discriminator_loss(discriminator, images, found["decoded"].float())
                 (value_d / config.accumulate).backward()
         # clip
         grads = []
-        for net in (model, discriminator) if adversarial else (model,):
+        for net in (model, judge) if judge else (model,):
             training.average_gradients(net.parameters())
             grads.append(nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip))
         # lr, step
@@ -363,7 +340,7 @@ def train(config, source, out):
             group["lr"] = lr
         if run.finite(sum(grads)):
             optimizer.step()
-            if adversarial:
+            if judge:
                 optimizer_d.step()
         # log, codebook
         run.log(loss=value, mse=found["mse"], grad=grads[0], lr=lr,
@@ -373,9 +350,9 @@ def train(config, source, out):
             usage.used.zero_()
         # preview, checkpoint
         if run.due("preview"):
-            preview(model, fixed[:8], run.preview)
+            preview(model, preview_batch[:8], run.preview)
         if run.due("save"):
-            mean, std = latent_scale(model, fixed)
+            mean, std = latent_scale(model, preview_batch)
             run.save(config=asdict(replace(config, latent_mean=mean, latent_std=std)))
 
 
@@ -396,14 +373,18 @@ class VGG16Perceptual(nn.Module):
     def __init__(self, weights="DEFAULT"):
         super().__init__()
         import torchvision                                                # for training alone
-        features = torchvision.models.vgg16(weights=weights).features[:30]
+        try:
+            features = torchvision.models.vgg16(weights=weights).features[:30]
+        except OSError as error:                                          # URLError is an OSError
+            raise cli.UsageError(f"the ImageNet weights of VGG16 cannot be downloaded ({error}); "
+                                 "go online once, put vgg16-397923af.pth into ~/.cache/torch/hub/"
+                                 "checkpoints/, or train with --perceptual none") from None
         self.features = features.eval().requires_grad_(False)
         self.depths = (3, 8, 15, 22, 29)                              # the ReLU before each pooling
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
 
-    def forward(self, a, b):
-        """Two (B, 3, H, W) in [0, 1] -> scalar."""
+    def forward(self, a, b):                                  # two (B, 3, H, W) in [0, 1] -> scalar
         distance = 0.0
         a, b = (a - self.mean) / self.std, (b - self.mean) / self.std
         for depth, layer in enumerate(self.features):
@@ -412,19 +393,6 @@ class VGG16Perceptual(nn.Module):
                 difference = F.normalize(a, dim=1) - F.normalize(b, dim=1)
                 distance = distance + difference.square().sum(1).mean()
         return distance
-
-
-def perceptual_network(name, device="cpu"):
-    """"vgg16" -> the network with its ImageNet weights (a download); "none" -> None."""
-    if name == "none":
-        return None
-    try:
-        return VGG16Perceptual().to(device)
-    except OSError as error:                                              # URLError is an OSError
-        raise cli.UsageError(
-            f"the ImageNet weights of VGG16 could not be downloaded ({error}); go online once, put "
-            "vgg16-397923af.pth into ~/.cache/torch/hub/checkpoints/, or train with --perceptual "
-            "none") from None
 
 
 @torch.no_grad()

@@ -529,7 +529,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
     for step in run.steps():
         optimizer.zero_grad(set_to_none=True)
         if trained and step == freeze:
-            semantic_compressor.settle(compressor, calibration)
+            semantic_compressor.measure_batchnorm(compressor, calibration)
         compressor.train(trained and step < freeze)
         for _ in range(config.accumulate):
             x_0, text, images = targets(next(batches))                    # batch, targets

@@ -328,31 +328,61 @@ def test_guidance(module):
     assert (strong - unconditional).abs().amin((0, 2, 3)).min() > 0.01    # no channel left out
 
 
-def test_vq_is_the_nearest_code():
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+
+
+@each_dtype
+def test_vq_is_the_nearest_code(dtype):
     """The index is the arg min of the Euclidean distance to all codes, by brute force."""
-    a = stage_a.StageA(TINY_A)
+    a = stage_a.StageA(TINY_A).to(dtype)
     nn.init.normal_(a.vquantizer.embedding.weight)
-    latents = torch.randn(3, 4, 5, 6)
+    latents, codes = torch.randn(3, 4, 5, 6, dtype=dtype), a.vquantizer.embedding.weight
     quantised, indices, _ = a.quantize(latents)
-    rows = latents.permute(0, 2, 3, 1).reshape(-1, 4)
-    assert_close(indices.flatten(), torch.cdist(rows, a.vquantizer.embedding.weight).argmin(1))
-    assert_close(quantised, a.vquantizer.embedding.weight[indices].permute(0, 3, 1, 2))
+    rows = latents.permute(0, 2, 3, 1).reshape(-1, 1, 4)
+    distances = (rows.double() - codes.double()).square().sum(2)          # (B*h*w, K)
+    assert_close(indices.flatten(), distances.argmin(1))
+    assert_close(quantised, codes[indices].permute(0, 3, 1, 2), atol=4 * torch.finfo(dtype).eps,
+                 rtol=0)
 
 
-def test_vq_gradients():
+@each_dtype
+def test_vq_gradients(dtype):
     """Straight-through gradient is 1; the commitment factor .25 is on the encoder's term alone."""
-    quantizer = stage_a.VectorQuantizer(1, 4)
-    with torch.no_grad():
-        quantizer.embedding.weight.fill_(2.0)
-    latents = torch.zeros(1, 4, 1, 1, requires_grad=True)
-    quantised, _, vq_loss = quantizer(latents, 0.25)
+    a = stage_a.StageA(replace(TINY_A, codebook_size=1)).to(dtype)
+    weight = nn.init.constant_(a.vquantizer.embedding.weight, 2.0)
+    latents = torch.zeros(1, 4, 1, 1, dtype=dtype, requires_grad=True)
+    quantised, _, vq_loss = a.quantize(latents)
     quantised.sum().backward()
     assert_close(latents.grad, torch.ones_like(latents))
     latents.grad = None
-    quantizer(latents, 0.25)[2].backward()          # mean over 4 of (0 - 2)^2: derivative 2 * 2 / 4
-    assert_close(latents.grad.flatten(), torch.full((4,), -0.25))
-    assert_close(quantizer.embedding.weight.grad.flatten(), torch.full((4,), 1.0))
-    assert_close(vq_loss, torch.tensor(5.0))        # 4 + 0.25 * 4
+    a.quantize(latents)[2].backward()               # mean over 4 of (0 - 2)^2: derivative 2 * 2 / 4
+    assert latents.grad.flatten().tolist() == [-0.25] * 4, "commitment is not .25 * (z - code)^2"
+    assert weight.grad.flatten().tolist() == [1.0] * 4, "the codebook's term is not (z - code)^2"
+    assert vq_loss == 5, "the VQ loss is not codebook + .25 * commitment"     # 4 + .25 * 4
+
+
+def test_weights_of_stage_a():
+    """The loss is 1.0 * MSE + VQ loss + 0.1 * perceptual - 0.01 * the judge's logits (E.1)."""
+    class Fixed:
+        config = stage_a.PRESETS["paper"]
+
+        def encode(self, images):
+            return torch.zeros(2, 4, 8, 8)
+
+        def quantize(self, latents):
+            return latents, None, torch.tensor(5.0)
+
+        def decode(self, latents):
+            return torch.zeros(2, 3, 32, 32)
+    images = torch.full((2, 3, 32, 32), 0.5)                              # so the MSE is .25
+
+    def value(**others):
+        return stage_a.loss(Fixed(), images, **others)[0].item()
+    assert value() == 5.25, "MSE and VQ loss do not both count 1.0"
+    with_distance = value(perceptual=lambda one, two: torch.tensor(7.0))
+    assert with_distance == pytest.approx(5.95), "the perceptual distance does not count 0.1"
+    with_judge = value(discriminator=lambda one: torch.tensor([2.0, 4.0]))
+    assert with_judge == pytest.approx(5.22), "the discriminator's logits do not count 0.01"
 
 
 def test_quantisation_drop():
@@ -379,7 +409,7 @@ def test_codebook_does_not_collapse():
     after = a.quantize(latents)[1].unique().numel()
     assert before < 0.3 * 512 and after > 0.8 * 512
     kept = a.vquantizer.embedding.weight.clone()
-    usage.note(torch.arange(512))
+    usage.used[:] = True
     usage.revive(a.vquantizer.embedding.weight, latents)
     assert_close(a.vquantizer.embedding.weight, kept)
 
@@ -417,13 +447,13 @@ def test_discriminator_sends_gradients():
 
 def test_standardise():
     """standardise and unstandardise are inverse and have the published constants."""
-    a = stage_a.StageA(replace(TINY_A, latent_mean=0.0, latent_std=0.3764))
-    assert_close(a.standardise(torch.tensor([0.3764])), torch.tensor([1.0]))
+    a, z = stage_a.StageA(replace(TINY_A, latent_mean=0.2, latent_std=0.3764)), torch.randn(9)
+    assert_close(a.standardise(torch.tensor([0.5764])), torch.tensor([1.0]))
+    assert_close(a.unstandardise(a.standardise(z)), z)
     with torch.device("meta"):
         compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["released"])
-    z = torch.tensor([-1.0, 41.0])
-    assert_close(compressor.standardise(z), torch.tensor([0.0, 1.0]))        # (z + 1) / 42
-    assert_close(compressor.unstandardise(compressor.standardise(z)), z)
+    assert_close(compressor.standardise(torch.tensor([-1.0, 41.0])),         # (z + 1) / 42
+                 torch.tensor([0.0, 1.0]))
     assert stage_a.PRESETS["released"].latent_std == 0.3764
     images = torch.rand(16, 3, 32, 32)
     mean, std = stage_a.latent_scale(a, images)

@@ -98,7 +98,7 @@ def loss(head, latent, answers, measures):
 def teach(config, out):
     """config: a stage_b.Config, whose steps, batch_size, lr and so on are used here."""
     device = training.setup(config.seed)
-    test, settling = batch(range(256), "heldout", device), batch(range(256), "train", device)[0]
+    test, calibration = batch(range(256), "heldout", device), batch(range(256), "train", device)[0]
 
     run = training.Run("B", config, out, device)
     compressor = semantic_compressor.new(config.compressor, device=device)
@@ -128,12 +128,12 @@ def teach(config, out):
             training.ema_update(ema_head, head, step, config.ema)
         right = {}
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            semantic_compressor.settle(ema, settling)
+            semantic_compressor.measure_batchnorm(ema, calibration)
             with torch.no_grad():
                 right = loss(ema_head, ema(test[0]), *test[1:])[1]
         run.log(loss=value, grad=grad, **right)
         if run.due("save"):
-            measured = semantic_compressor.measure(ema, settling)
+            measured = semantic_compressor.measure(ema, calibration)
             run.save(model=untrained, ema=untrained, compressor_config=asdict(measured))
 
 

@@ -62,8 +62,8 @@ def test_checker_sees_what_is_wrong():
 
 def test_prompt_accuracy_command(chain, tmp_path):
     """The study runs on any weights and writes its tables and the sheet of failures."""
-    done = command("-m", "experiments.prompt_accuracy", "--weights", chain, "--n", 4, "--steps-c", 2,
-                   "--steps-b", 2, "--out", tmp_path)
+    done = command("-m", "experiments.prompt_accuracy", "--weights", chain, "--n", 4,
+                   "--steps-c", 2, "--steps-b", 2, "--out", tmp_path)
     report = json.loads((tmp_path / "accuracy.json").read_text())
     assert report["seen"]["the drawings"]["all"]["percent"] == 100
     assert report["held out"]["C+B+A"]["all"]["of"] == 4
