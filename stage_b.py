@@ -330,7 +330,7 @@ class StageB(nn.Module):
             raise ValueError(f"Stage B found latents of {H}x{W}, expected multiples of {divisor}")
         t_embedding = timestep_embedding(t, self.config.timestep_width)   # (B, 64)
         text = self.seq_norm(self.clip_mapper(text)) if precomputed is None else None
-        sem = sem.float().contiguous(memory_format=torch.channels_last)
+        sem = sem.float().contiguous()     # torch resizes channels-last to one column wrongly
         precomputed = iter(precomputed or ())
         recompute = self.config.checkpoint_activations and self.training
 
@@ -338,8 +338,9 @@ class StageB(nn.Module):
             """Level i. Each ResBlock takes the resized sem, the first one the U-Net's skip, too."""
             always, size = [], (H // patch // 2 ** i, W // patch // 2 ** i)
             if mapper is not None:                                        # official code's options
-                always = [mapper(F.interpolate(sem, size, mode="bicubic", antialias=True,
-                                               align_corners=True))]      # (B, cond, H_i, W_i)
+                sem_i = F.interpolate(sem, size, mode="bicubic", antialias=True, align_corners=True)
+                sem_i = sem_i.contiguous(memory_format=torch.channels_last)
+                always = [mapper(sem_i)]                                  # (B, cond, H_i, W_i)
             skips = [*skip, *always]
             for layer in layers:
                 condition = (t_embedding,) if isinstance(layer, TimestepBlock) else ()
@@ -362,7 +363,7 @@ class StageB(nn.Module):
         for i, layers in zip(levels, self.down_blocks):
             x = run_level(i, x, layers, next(mappers))
             skips.append(x)
-        for i, layers in zip(reversed(levels), self.up_blocks):           # the deepest takes no skip
+        for i, layers in zip(reversed(levels), self.up_blocks):          # the deepest takes no skip
             x = run_level(i, x, layers, next(mappers), [skips[i]] if i < levels[-1] else ())
         if self.config.prediction == "v":
             # departs (pocket): v = sqrt(a_bar) eps - sqrt(1 - a_bar) x_0 (Salimans & Ho, 2022) has

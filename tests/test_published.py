@@ -174,6 +174,22 @@ def test_published_modules(published):
     assert a.config.latent_std == 0.3764 and b.config.condition == "raw"
 
 
+@pytest.mark.parametrize("height, width", [(640, 128), (128, 640), (128, 128)])
+def test_published_decoder_at_extreme_ratios(tmp_path, height, width):
+    """A Stage B of five levels, the deepest one column or one row, gives diffusers' numbers."""
+    from diffusers.pipelines.deprecated.wuerstchen import WuerstchenDiffNeXt
+    decoder = shake(WuerstchenDiffNeXt(
+        c_cond=24, clip_embd=32, c_hidden=[16] * 5, nhead=[-1, 2, 2, 2, 2], blocks=[1] * 5,
+        level_config=["CT"] + ["CTA"] * 4, inject_effnet=[False] + [True] * 4)).eval()
+    decoder.save_pretrained(tmp_path)
+    b, t = stage_b.load(tmp_path), torch.tensor([0.9, 0.2])
+    x, text = torch.randn(2, 4, height // 4, width // 4), torch.randn(2, 77, 32)
+    sem = 42 * torch.randn(2, 16, height * 3 // 128, width * 3 // 128)
+    with torch.no_grad():
+        off = worst(b(x, t, sem, text), decoder(x, t, sem, text))
+    assert off < 1e-5, f"Stage B at {height}x{width} pixels is off by {off:.1e} from diffusers"
+
+
 def test_published_text_towers(published):
     """Text tokens are those of transformers at all 77 positions, from folder and open_clip file."""
     folder, networks = published
