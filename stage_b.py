@@ -5,7 +5,7 @@ Stage C's) and the text, it draws the 4x256x256 latent that Stage A decodes to 1
 (Würstchen, §3.1, E.2). The compressor is trained here, too: its grid becomes what helps B most.
 
     x_t = sqrt(alpha_bar(t)) x_0 + sqrt(1 - alpha_bar(t)) eps        forward process
-    eps_hat = f(x_t, t, sem, text)                                   §3.1
+    eps_hat = f(x_t, t, sem, text)     §3.1, which prints an x_0 form, X̄_0 = f(…), but compares eps
     loss = |eps - eps_hat|^2                                         LDM training, §3.1
 
     x_t (B, 4, H, W) --unshuffle--> (B, c_0, H_0, W_0) --4 levels down, 4 up--> eps_hat (B, 4, H, W)
