@@ -78,6 +78,26 @@ def test_one_ratio_for_each_batch(shards):
     assert [tuple(batch["images"].shape[2:]) for batch in later] == shapes_[5:8]
 
 
+def test_one_ratio_for_each_step(chain, drawings, tmp_path, monkeypatch):
+    """All micro-batches of an optimizer step have one ratio (E.3: 768), stopped or not."""
+    config = replace(TINY_C, sizes=("96x160", "160x96", "96x96"), remember=False, accumulate=3,
+                     batch_size=2, workers=0)
+    found, plain = [], stage_c.loss
+
+    def spy(model, x_0, text):
+        found.append(tuple(x_0.shape[2:]))
+        return plain(model, x_0, text)
+    monkeypatch.setattr(stage_c, "loss", spy)
+    for steps, out in ((12, "whole"), (5, "stopped"), (12, "stopped")):
+        stage_c.train(replace(config, steps=steps), drawings, tmp_path / out, tmp_path / "no_a",
+                      chain / "stage_b/checkpoint.pt")
+    steps = [found[i:i + 3] for i in range(0, len(found), 3)]
+    assert len(steps) == 24 and all(len(set(step)) == 1 for step in steps), (
+        f"the micro-batches of a step differ in their ratio: {steps}")
+    assert steps[:12] == steps[12:], "a run that was stopped has other ratios"
+    assert set(found) == {(3, 5), (5, 3), (3, 3)}
+
+
 def test_cached_latents(chain, drawings, tmp_path):
     """Trained from cached latents, Stage C has the losses it has from images, sample by sample."""
     a, b = chain / "stage_a/checkpoint.pt", chain / "stage_b/checkpoint.pt"
