@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 
 from pocket import shapes
@@ -25,6 +26,7 @@ def test_checker_sees_what_is_drawn():
     assert all(line["percent"] >= 99 and line["of"] > 15 for line in table.values()), table
 
 
+@pytest.mark.slow
 def test_checker_sees_what_is_wrong():
     """A swapped colour, shape, order, place or background and a third object are noticed: 99 %."""
     from experiments import prompt_accuracy as accuracy
@@ -60,6 +62,7 @@ def test_checker_sees_what_is_wrong():
         assert len(votes) > 10 and np.mean(votes) >= 0.99, (name, len(votes), np.mean(votes))
 
 
+@pytest.mark.slow
 def test_prompt_accuracy_command(chain, tmp_path):
     """The study runs on any weights and writes its tables and the sheet of failures."""
     done = command("-m", "experiments.prompt_accuracy", "--weights", chain, "--n", 4,

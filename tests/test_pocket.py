@@ -43,6 +43,7 @@ def test_labels_of_drawings():
     assert teach.loss(torch.nn.Identity(), latent, answers, measures)[1]["shape"] == 0
 
 
+@pytest.mark.slow
 def test_taught_compressor(chain, drawings, tmp_path):
     """teach.py resumes exactly; with --compressor-share 0 Stage B leaves its result alone."""
     config = replace(TINY_B, steps=2, compressor_share=0.0)

@@ -33,6 +33,7 @@ def test_phases(stage, phases):
         assert config.warmup < config.steps
 
 
+@pytest.mark.slow
 def test_recipe_at_pocket_size(chain, drawings, tmp_path):
     """The paper's phases as commands, small: --init-from, three ratios, interpolation, a sample."""
     pocket = stage_c.PRESETS["pocket"]

@@ -65,6 +65,7 @@ def test_channels_last_changes_nothing(module, monkeypatch):
         assert_close(one, two, atol=1e-4 * max(1.0, one.abs().max().item()), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [stage_b, stage_c])
 def test_compiled_changes_nothing(module):
     """`--compile` is speed, not arithmetic: outputs and gradients agree to rounding."""
