@@ -9,7 +9,8 @@ Stage C's) and the text, it draws the 4x256x256 latent that Stage A decodes to 1
     loss = |eps - eps_hat|^2                                         LDM training, §3.1
 
     x_t (B, 4, H, W) --unshuffle--> (B, c_0, H_0, W_0) --4 levels down, 4 up--> eps_hat (B, 4, H, W)
-    text (B, L, E), sem (B, 16, h, w) attended to; sem concatenated in every block beside attention
+    sem (B, 16, h, w) attended to, and concatenated in every block of the levels with attention
+    text (B, L, E)    attended to
 
 Letters: B batch, C c channels, H W Stage A's grid (256x256 for 1024 px), h w the compressor's grid
 (24x24), L text tokens, E width of the text encoder, cond the width that text and sem are mapped to,
@@ -34,7 +35,7 @@ import torch.utils.checkpoint
 
 # ---- Config --------------------------------------------------------------------------------------
 
-# Sources: the paper; the official code where it is silent; ours where both are; departs: unlike it
+# Sources: the paper; where it is silent the official code; else ours. departs: not as in the paper
 @dataclass(frozen=True)
 class Config:
     # architecture
@@ -77,7 +78,7 @@ class Config:
     batch_size: int = 16               # ours: 16 x 32 is the 512 of E.2; what fits: unmeasured
     accumulate: int = 32
     lr: float = 1e-4                   # paper, E.2
-    compressor_share: float = 1.0      # of lr (paper: all of it); 0: it stays --init-from's
+    compressor_share: float = 1.0      # of lr, for the compressor (paper: 1); 0: it does not learn
     warmup: int = 10_000               # paper, E.2
     cooldown: int = 0                  # ours: linear decay at the end; the paper names none
     grad_clip: float = 1.0             # official code
@@ -101,7 +102,7 @@ PRESETS = {
         widths=(48, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
         dropout=0.0, prediction="v", weight_cap=1e4, weight_floor=0.5, t_power=1.5, guidance=2.0,
         # half of all samples see no text: captions name the colours, and a compressor that leaves
-        # them to the text does not say which object has which. Fewer lose sem: there are few steps
+        # them to the text does not say which object has which. Few steps: less sem is lost, noised
         drop_text=0.5, drop_both=0.02, drop_sem=0.02, noise_sem=0.1,
         text_encoder="pocket", compressor="pocket", image_size=128, remember=True, accumulate=1,
         steps=11_000, batch_size=32, lr=2e-3, compressor_share=1 / 3, warmup=100,

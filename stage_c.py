@@ -35,7 +35,7 @@ import torch.utils.checkpoint
 
 # ---- Config --------------------------------------------------------------------------------------
 
-# Sources: the paper; the official code where it is silent; ours where both are; departs: unlike it
+# Sources: the paper; where it is silent the official code; else ours. departs: not as in the paper
 @dataclass(frozen=True)
 class Config:
     # architecture
@@ -209,7 +209,7 @@ class ResBlock(nn.Module):
             nn.Linear(4 * c, c))
 
     def forward(self, x):                                                 # (B, D, h, w)
-        y = self.norm(self.depthwise(x)).permute(0, 2, 3, 1)    # (B, h, w, D): as x lies in memory
+        y = self.norm(self.depthwise(x)).permute(0, 2, 3, 1)              # (B, h, w, D)
         return x + self.channelwise(y).permute(0, 3, 1, 2)
 
 
@@ -291,7 +291,8 @@ class StageC(nn.Module):
         text = self.cond_mapper(text) if precomputed is None else None    # (B, L, D)
         precomputed = iter(precomputed or ())
         recompute = self.config.checkpoint_activations and self.training
-        x = self.projection(x_t).contiguous(memory_format=torch.channels_last)    # (B, D, h, w)
+        x = self.projection(x_t)                                          # (B, D, h, w)
+        x = x.contiguous(memory_format=torch.channels_last)     # the blocks' (B, h, w, D): no copy
         for block in self.blocks:
             condition = (t_embedding,) if isinstance(block, TimestepBlock) else ()
             if isinstance(block, AttnBlock):
@@ -350,8 +351,8 @@ def ddpm_sample(model, shape, text, null_text, steps=60, guidance=4.0, x=None, g
     levels from 1 to 0. x: the start, noise if None. generator: one, or a list of one per sample.
     history: a list that receives x after each step.
     guidance: classifier-free guidance (Ho & Salimans, 2022). Training drops some texts, so the one
-    model predicts with the text and without, and eps_hat = null + guidance * (conditional - null)
-    goes on from what the text changes: above 1 further, 1 is conditional, 0 unconditional.
+    model predicts with the text and without: eps_hat = null + guidance * (conditional - null). 1 is
+    conditional, 0 unconditional, above 1 the difference that the text makes is enlarged.
     """
     device = next(model.parameters()).device
     x = randn(shape, generator, device) if x is None else x
