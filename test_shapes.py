@@ -1,9 +1,9 @@
-"""The specification, as tests: shapes, hand values, oracles, overfitting, resuming, commands.
+"""The specification, as tests: shapes, hand values, oracles, overfitting.
 
     pytest test_shapes.py            (or `make test`, which also makes the environment)
 
-Each test's one-line docstring is its claim. The README's table "Break it" names one-line edits of
-the stage files and the test that fails for each.
+Each test's one-line docstring is its claim. docs/break_it.md names edits of the stage files
+and the test that fails for each. What concerns data, training and commands is tested in tests/.
 """
 
 import inspect
@@ -19,7 +19,6 @@ import semantic_compressor
 import stage_a
 import stage_b
 import stage_c
-from plumbing.text import text_encoder
 
 # Small configurations of the same classes: what the tests train and sample.
 TINY_A = replace(stage_a.PRESETS["pocket"], widths=(8, 16), decoder_blocks=1, codebook_size=32,
@@ -512,10 +511,7 @@ def test_overfit_a():
 def test_overfit_c_two_captions():
     """After overfitting two captions, each samples its own x_0; swapped captions swap results."""
     torch.manual_seed(0)
-    encoder = text_encoder("pocket")
-    captions = ["a red star above a blue circle", "a blue circle above a red star"]
-    text, null = encoder(captions), encoder([""])
-    x_0 = torch.randn(2, 16, 3, 3)
+    text, null, x_0 = torch.randn(2, *TEXT), torch.zeros(1, *TEXT), torch.randn(2, 16, 3, 3)
     model = stage_c.StageC(replace(TINY_C, width=48))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for step in range(250):

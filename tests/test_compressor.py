@@ -7,7 +7,6 @@ import torch
 
 import semantic_compressor
 import stage_b
-import stage_c
 from plumbing import training
 from plumbing.cli import UsageError
 from test_shapes import TINY_A, TINY_B, TINY_C
