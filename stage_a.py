@@ -303,6 +303,7 @@ def train(config, source, out):
     batches = data.Stream(dataset, config)
     run.restore(model=model, discriminator=discriminator, usage=usage, optimizer=optimizer,
                 optimizer_d=optimizer_d, batches=batches)
+    codes = model.vquantizer.embedding.weight.data                        # (K, 4)
     if config.compile:
         model.down_blocks.compile()
         model.up_blocks.compile()
@@ -312,11 +313,11 @@ def train(config, source, out):
         optimizer.zero_grad(set_to_none=True)
         optimizer_d.zero_grad(set_to_none=True)
         for _ in range(config.accumulate):
-            # batch
             images = next(batches)["images"].to(device)                   # (B, 3, crop, crop)
             if step == 0:                                                 # data-dependent codebook
                 with torch.no_grad():
-                    revive(usage, model, model.encode(images))
+                    usage.revive(codes, model.encode(images))
+                training.agree(usage.used, codes)
             # loss: here the discriminator only judges …
             discriminator.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -343,10 +344,12 @@ def train(config, source, out):
             if judge:
                 optimizer_d.step()
         # log, codebook
+        training.agree(usage.used, codes)                                 # what any process used
         run.log(loss=value, mse=found["mse"], grad=grads[0], lr=lr,
                 psnr=pictures.psnr(found["decoded"], images), codes_used=usage.used.float().mean())
         if run.step % config.revive_every == 0:
-            revive(usage, model, found["latents"])
+            usage.revive(codes, found["latents"])
+            training.agree(usage.used, codes)
             usage.used.zero_()
         # preview, checkpoint
         if run.due("preview"):
@@ -354,14 +357,6 @@ def train(config, source, out):
         if run.due("save"):
             mean, std = latent_scale(model, preview_batch)
             run.save(config=asdict(replace(config, latent_mean=mean, latent_std=std)))
-
-
-def revive(usage, model, latents):
-    """CodeUsage.revive, on several processes: of what none of them used, with the first's codes."""
-    codes = model.vquantizer.embedding.weight.data
-    training.agree(usage.used, codes)
-    usage.revive(codes, latents)
-    training.agree(usage.used, codes)
 
 
 class VGG16Perceptual(nn.Module):
