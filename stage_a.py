@@ -315,8 +315,7 @@ def train(config, source, out):
         for _ in range(config.accumulate):
             images = next(batches)["images"].to(device)                   # (B, 3, crop, crop)
             if step == 0:                                                 # data-dependent codebook
-                with torch.no_grad():
-                    usage.revive(codes, model.encode(images))
+                usage.revive(codes, model.encode(images))
                 training.agree(usage.used, codes)
             # loss: here the discriminator only judges …
             discriminator.requires_grad_(False)

@@ -6,7 +6,7 @@ SIX_FILES = ("stage_a.py", "stage_b.py", "stage_c.py", "semantic_compressor.py",
 SIX_FILES_LINES = 2450                 # all together
 PLUMBING_LINES = 1300                  # all of plumbing/
 TEST_SHAPES_LINES = 600
-TRAIN_LINES = {"stage_a.py": 70, "stage_b.py": 92, "stage_c.py": 70}
+TRAIN_LINES = {"stage_a.py": 70, "stage_b.py": 90, "stage_c.py": 70}
 HELP_LINES = 60                        # what `python stage_?.py --help` prints
 COLUMNS = 100
 
