@@ -462,17 +462,23 @@ def test_standardise():
 
 
 def test_drop_and_noise():
-    """5 % lose both, 5 % text, 5 % sem; 30 % of the rest are noised; zeros are zeros when raw."""
+    """Each share loses what its name says, some of the rest is noised; zeros are zeros, raw, too.
+
+    The paper's sizes: 5 % lose both, 5 % the text, 5 % sem; 30 % of the rest are noised.
+    """
     torch.manual_seed(0)
     n = 20_000
     sem, text, null = torch.ones(n, 1, 1, 1), torch.ones(n, 1, 1), torch.zeros(1, 1, 1)
     paper = stage_b.PRESETS["paper"]
-    out, words = stage_b.drop_and_noise(sem, text, null, paper, (0.0, 1.0))
-    no_sem, no_text = (out == 0).flatten(), (words == 0).flatten()
-    noised = ~no_sem & (out != 1).flatten()
-    shares = [no_sem & no_text, no_text & ~no_sem, no_sem & ~no_text, noised, noised & no_text]
-    assert_close(torch.tensor([share.float().mean() for share in shares]),
-                 torch.tensor([0.05, 0.05, 0.05, 0.85 * 0.3, 0.0]), atol=0.006, rtol=0)
+    other = replace(paper, drop_both=0.02, drop_text=0.5, drop_sem=0.08, noise_sem=0.1)
+    for config, expected in ((paper, [0.05, 0.05, 0.05, 0.85 * 0.3, 0.0]),
+                             (other, [0.02, 0.5, 0.08, 0.4 * 0.1, 0.0])):
+        out, words = stage_b.drop_and_noise(sem, text, null, config, (0.0, 1.0))
+        no_sem, no_text = (out == 0).flatten(), (words == 0).flatten()
+        noised = ~no_sem & (out != 1).flatten()
+        shares = [no_sem & no_text, no_text & ~no_sem, no_sem & ~no_text, noised, noised & no_text]
+        assert_close(torch.tensor([share.float().mean() for share in shares]),
+                     torch.tensor(expected), atol=0.008, rtol=0)
     clean = replace(stage_b.PRESETS["released"], noise_sem=0.0)
     out, _ = stage_b.drop_and_noise(42 * sem - 1, text, null, clean, (-1.0, 42.0))
     assert set(out.unique().tolist()) == {0.0, 41.0}
