@@ -329,12 +329,11 @@ def train(config, source, out):
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     value_d = discriminator_loss(discriminator, images, found["decoded"].float())
                 (value_d / config.accumulate).backward()
-        # clip
+        # clip, lr, step
         grads = []
         for net in (model, judge) if judge else (model,):
             training.average_gradients(net.parameters())
             grads.append(nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip))
-        # lr, step
         lr = training.learning_rate(step, config)
         for group in optimizer.param_groups + optimizer_d.param_groups:
             group["lr"] = lr
