@@ -310,15 +310,14 @@ def train(config, source, out):
 
     for step in run.steps():
         judge = discriminator if step >= config.adversarial_start else None
-        optimizer.zero_grad(set_to_none=True)
-        optimizer_d.zero_grad(set_to_none=True)
+        for one in (optimizer, optimizer_d):
+            one.zero_grad(set_to_none=True)
         for _ in range(config.accumulate):
             images = next(batches)["images"].to(device)                   # (B, 3, crop, crop)
             if step == 0:                                                 # data-dependent codebook
                 usage.revive(codes, model.encode(images))
                 training.agree(usage.used, codes)
-            # loss: here the discriminator only judges …
-            discriminator.requires_grad_(False)
+            discriminator.requires_grad_(False)                           # here it only judges …
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 value, found = loss(model, images, perceptual, judge)
             usage.used[found["indices"]] = True
