@@ -9,10 +9,9 @@
     python sample.py --reconstruct photo.png            what Stage A alone loses, and what B loses
     python sample.py "a photo of a fox" --weights released --size 1024x1024      Würstchen v2
 
-The weights are those in pocket/, small ones for the drawings of pocket/shapes.py; or a folder with
-stage_a/, stage_b/ and stage_c/, each with the checkpoint.pt that training leaves (`--weights
-runs/pocket`); or published ones. Prompt, seed and settings are written into the PNG's metadata.
-Picture i of a seed is the same whatever is drawn beside it.
+The weights are those of pocket/, small ones for the drawings of pocket/shapes.py; or a folder that
+training leaves (`--weights runs/pocket`); or published ones. Prompt, seed and settings are in the
+PNG's metadata. Picture i of a seed is the same whatever is drawn beside it.
 """
 
 import argparse
@@ -20,10 +19,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 import data
@@ -33,31 +32,28 @@ import stage_c
 from plumbing import checkpoint, cli, pictures, text, training
 from plumbing.cli import UsageError
 
-# ---- weights -------------------------------------------------------------------------------------
-
 PARTS = dict(a="stage_a", b="stage_b", c="stage_c", compressor="stage_b")
 RUN = {part: f"{stage}/checkpoint.pt" for part, stage in PARTS.items()}    # what training leaves
 POCKET = {part: checkpoint.POCKET / f"{stage}.safetensors" for part, stage in PARTS.items()}
 
 
-def layouts():
-    """Where the parts lie in a folder of weights; compressor and text encoders may be missing."""
-    yield RUN
-    yield {**RUN, "a": POCKET["a"]}                                       # B and C trained on it
-    yield {**POCKET, "c": RUN["c"]}                                       # Stage C trained alone
-    yield {part: path.name for part, path in POCKET.items()}
+def find(folder, needed="abc"):
+    """A folder of weights, pocket or released -> where its parts are: {"a": path, "b": …, …}. The
+    compressor and the text encoders may be missing. Raises UsageError.
+    """
+    layouts = [RUN, {**RUN, "a": POCKET["a"]},                            # B and C trained on it
+               {**POCKET, "c": RUN["c"]},                                 # Stage C trained alone
+               {part: path.name for part, path in POCKET.items()}]
     if (cli.ROOT / "published").is_dir():
         from published import hub
-        yield from hub.LAYOUTS
-
-
-def find(folder, needed="abc"):
-    """A folder of weights -> where its parts are: {"a": path, "b": …, "c": …, …}."""
-    for layout in layouts():
-        paths = {part: Path(folder) / name for part, name in layout.items()
-                 if (Path(folder) / name).exists() and (part != "c" or "c" in needed)}
-        inside = any(Path(folder) in path.parents for path in paths.values())
-        if inside and set(needed) <= set(paths):
+        if folder == "released":
+            return hub.download()
+        layouts += hub.LAYOUTS
+    folder = checkpoint.POCKET if folder == "pocket" else Path(folder)
+    for layout in layouts:
+        paths = {part: folder / name for part, name in layout.items()
+                 if (folder / name).exists() and (part != "c" or "c" in needed)}
+        if set(needed) <= set(paths) and any(folder in path.parents for path in paths.values()):
             return paths
     raise UsageError(
         f"--weights {folder}: expected stage_a/, stage_b/ and stage_c/, each with the "
@@ -78,9 +74,8 @@ class Chain(stage_b.Decoder):
 def load_chain(a, b, c=None, compressor=None, text_b=None, text_c=None, clip=None, device="cpu"):
     """Load the stages and the text encoders that they were trained with, from the paths of `find`.
 
-    compressor: None where it is in Stage B's checkpoint. clip: weights for CLIP text encoders
-    (plumbing/text.py), before text_b and text_c. Raises UsageError: a missing file, a checkpoint
-    of another stage, or stages that were not trained on each other.
+    clip: weights for CLIP text encoders (plumbing/text.py), before text_b and text_c. Raises
+    UsageError: a missing file, one of another stage, stages that were not trained on each other.
     """
     decoder = stage_b.load_decoder(a, b, compressor, clip or text_b, device)
     chain = Chain(**vars(decoder), c=None, text_c=decoder.text_b)
@@ -107,11 +102,10 @@ def draw_latents(chain, prompts, seeds, height, width, steps=60, guidance=4.0, n
 
 def draw(chain, prompts, seeds, settings, history_c=None, history_b=None):
     """Prompts -> images (B, 3, H, W), with the settings of the command line."""
-    width, height = settings.size
-    latents = draw_latents(chain, prompts, seeds, height, width, settings.steps_c,
+    latents = draw_latents(chain, prompts, seeds, *settings.size[::-1], settings.steps_c,
                            settings.guidance_c, settings.negative, history_c)
-    return stage_b.draw_images(chain, latents, prompts, seeds, settings.steps_b, settings.guidance_b,
-                       settings.start, settings.negative, history_b)
+    return stage_b.draw_images(chain, latents, prompts, seeds, settings.steps_b,
+                               settings.guidance_b, settings.start, settings.negative, history_b)
 
 
 # ---- two pictures that explain -------------------------------------------------------------------
@@ -121,16 +115,13 @@ def picture_of_steps(chain, prompt, settings):
     """A sheet: C's latent after 1 step, 1/4 … of all (three channels); B's, decoded by A."""
     history_c, history_b = [], []
     image = draw(chain, [prompt], [settings.seed], settings, history_c, history_b)[0]
-
-    def five(way):
-        return [way[round(quarter * (len(way) - 1) / 4)] for quarter in range(5)]
-
-    row_c = [torch.nn.functional.interpolate(pictures.latent_picture(x), image.shape[1:])[0]
-             for x in five(history_c)]
-    row_b = [chain.a.decode(chain.a.unstandardise(x))[0] for x in five(history_b)]
+    way_c, way_b = ([way[round(quarter * (len(way) - 1) / 4)] for quarter in range(5)]
+                    for way in (history_c, history_b))
+    shown = [torch.nn.functional.interpolate(pictures.latent_picture(x), image.shape[1:])[0]
+             for x in way_c] + [chain.a.decode(chain.a.unstandardise(x))[0] for x in way_b]
     shares = ("the first step", "1/4", "1/2", "3/4", "all steps")
-    names = [f"Stage {stage} after {share}" for stage in "CB" for share in shares]
-    return pictures.grid(row_c + row_b, 5, names)
+    return pictures.grid(shown, 5, [f"Stage {stage} after {share}"
+                                    for stage in "CB" for share in shares])
 
 
 @torch.no_grad()
@@ -147,11 +138,12 @@ def reconstruct(chain, path, prompt, settings):
     if size != image.size:
         print(f"{path}: {image.size[0]}x{image.size[1]} is resized to {size[0]}x{size[1]}")
         image = image.resize(size, Image.Resampling.BICUBIC)
-    pixels = to_tensor(image)[None].to(next(chain.a.parameters()).device)   # (1, 3, H, W) in [0, 1]
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255   # (1, 3, H, W), [0, 1]
+    pixels = pixels.to(next(chain.a.parameters()).device)
     by_a = chain.a.decode(chain.a.encode(pixels))
     latents = chain.compressor.standardise(chain.compressor(semantic_compressor.resize(pixels)))
     by_b = stage_b.draw_images(chain, latents, [prompt], [settings.seed], settings.steps_b,
-                       settings.guidance_b, settings.start, settings.negative)
+                               settings.guidance_b, settings.start, settings.negative)
     captions = ["the image", f"through Stage A alone: {pictures.psnr(by_a, pixels):.1f} dB",
                 f"through compressor, B and A: {pictures.psnr(by_b, pixels):.1f} dB"]
     print("; ".join(captions[1:]))
@@ -161,14 +153,13 @@ def reconstruct(chain, path, prompt, settings):
 # ---- command line --------------------------------------------------------------------------------
 
 def width_x_height(text):
-    """"256x128" -> [256, 128], multiples of 128; anything else is refused with what works."""
-    width, height = sides = [int(side) for side in text.lower().split("x")]
-    low = [max(128, side // 128 * 128) for side in sides]
-    high = [max(128, -(-side // 128) * 128) for side in sides]
-    if sides != low:
-        raise argparse.ArgumentTypeError(
-            f"{text}: sides must be multiples of 128, so that both latent grids are whole; near "
-            f"are {low[0]}x{low[1]} and {high[0]}x{high[1]}")
+    """"256x128" -> (256, 128), multiples of 128; anything else is refused with what works."""
+    width, height = [int(side) for side in text.lower().split("x")]
+    low, high = (f"{max(128, (width + more) // 128 * 128)}x{max(128, (height + more) // 128 * 128)}"
+                 for more in (0, 127))
+    if f"{width}x{height}" != low:
+        raise argparse.ArgumentTypeError(f"{text}: sides must be multiples of 128, so that both "
+                                         f"latent grids are whole; near are {low} and {high}")
     return width, height
 
 
@@ -185,7 +176,7 @@ def steps(text):
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser = argparse.ArgumentParser(description=__doc__, **cli.STYLE)
     add = parser.add_argument
     add("prompt", nargs="*", help="one or more prompts")
     add("--prompts", metavar="FILE", help="a file with one prompt per line")
@@ -221,28 +212,22 @@ def main(argv=None):
         raise UsageError(f"--out {settings.out}: its folder does not exist")
 
     device = training.setup(settings.seed)
-    folder = checkpoint.POCKET if settings.weights == "pocket" else settings.weights
-    if folder == "released":
-        from published import hub
-        paths = hub.download()
-    else:
-        paths = find(folder, "ab" if settings.reconstruct else "abc")
+    paths = find(settings.weights, "ab" if settings.reconstruct else "abc")
     chain = load_chain(**paths, clip=settings.clip, device=device)
+    settings.size = settings.size or chain.c and (chain.c.config.image_size,) * 2
     if settings.reconstruct:
         sheet = reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)
+    elif settings.stages:
+        sheet = picture_of_steps(chain, prompts[0], settings)
     else:
-        settings.size = settings.size or (chain.c.config.image_size,) * 2
-        if settings.stages:
-            sheet = picture_of_steps(chain, prompts[0], settings)
-        else:
-            jobs, images = [prompt for prompt in prompts for _ in range(settings.n)], []
-            seeds = range(settings.seed, settings.seed + len(jobs))
-            for first in tqdm(range(0, len(jobs), settings.batch_size), unit="batch"):
-                some = slice(first, first + settings.batch_size)
-                images += draw(chain, jobs[some], seeds[some], settings).cpu()
-            columns = settings.n if settings.n > 1 else min(8, len(jobs))
-            sheet = (pictures.grid(images, columns, jobs) if len(jobs) > 1 else
-                     pictures.to_pil(images[0]))
+        jobs, images = [prompt for prompt in prompts for _ in range(settings.n)], []
+        seeds = range(settings.seed, settings.seed + len(jobs))
+        for first in tqdm(range(0, len(jobs), settings.batch_size), unit="batch"):
+            some = slice(first, first + settings.batch_size)
+            images += draw(chain, jobs[some], seeds[some], settings).cpu()
+        columns = settings.n if settings.n > 1 else min(8, len(jobs))
+        sheet = (pictures.grid(images, columns, jobs) if len(jobs) > 1 else
+                 pictures.to_pil(images[0]))
     about = {name: value for name, value in vars(settings).items()
              if name not in ("prompt", "out", "clip", "batch_size")}
     info = PngInfo()

@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import errno
+import functools
 import inspect
 import sys
 import traceback
@@ -13,6 +14,9 @@ from typing import Literal, get_args, get_origin
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# of a parser: one line for each option where it fits, and no list of them before it
+STYLE = dict(formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=160,
+                                               max_help_position=32), usage=argparse.SUPPRESS)
 
 
 class UsageError(ValueError):
@@ -20,91 +24,70 @@ class UsageError(ValueError):
 
 
 def parse(Config, presets, doc, argv=None, preset="paper", **paths):
-    """Make the command line of a stage from the fields of its Config.
+    """The command line of a stage -> its Config, a namespace of `paths` and of the preset's name.
 
-    paths: further options, name -> (default, help). Returns (config, namespace of the paths and of
-    the preset's name). A tuple is given with commas: `--widths 48,96`; a Literal has choices. The
-    comment of a field, its meaning and source, is its help.
+    Each field of Config is an option; the comment on its line, its meaning and source, is its help.
+    A tuple is given with commas: `--widths 48,96`. paths: further options, name -> help.
     """
-    parser = argparse.ArgumentParser(description=doc.partition("\n")[0] + " The top of the file "
-                                     "says more.", formatter_class=Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=doc.partition("\n")[0] + " The top of the file says more.",
+        allow_abbrev=False, **STYLE)
     parser.add_argument("--preset", choices=list(presets), default=preset, metavar="NAME",
                         help=f"a set of all that follows: {', '.join(presets)} ({preset})")
-    for name, (default, text) in paths.items():
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text)
-    comments = field_comments(Config)
-    for field in dataclasses.fields(Config):
-        flag, value = "--" + field.name.replace("_", "-"), getattr(presets[preset], field.name)
-        options = dict(help=describe(field.name, presets, preset, comments.get(field.name, "")),
-                       default=argparse.SUPPRESS)
+    for name, text in paths.items():
+        parser.add_argument("--" + name.replace("_", "-"), help=text)
+    comments, fields = field_comments(Config), dataclasses.fields(Config)
+    for field in fields:
+        value = getattr(presets[preset], field.name)
         if get_origin(field.type) is Literal:
-            parser.add_argument(flag, choices=get_args(field.type), **options)
+            kind = dict(choices=get_args(field.type))
         elif isinstance(value, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, metavar="", **options)
+            kind = dict(action=argparse.BooleanOptionalAction, metavar="")
         elif isinstance(value, tuple):
-            parser.add_argument(flag, type=tuple_of(type((*value, "")[0])), metavar="A,B,…",
-                                **options)
+            kind = dict(type=tuple_of(type((*value, "")[0])), metavar="A,B,…")
         else:
-            parser.add_argument(flag, type=type(value), metavar="X", **options)
-    given = vars(parser.parse_args(argv))
-    fields = {field.name for field in dataclasses.fields(Config)}
-    changed = {name: value for name, value in given.items() if name in fields}
-    others = {name: value for name, value in given.items() if name not in fields}
+            kind = dict(type=type(value), metavar="X")
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                            help=describe(field.name, presets, preset, comments[field.name]))
+    others = vars(parser.parse_args(argv))
+    changed = {one.name: others.pop(one.name) for one in fields if one.name in others}
     if others["preset"] != "pocket" and not torch.cuda.is_available():
         print(f"note: no GPU is visible and the preset {others['preset']!r} is made for one; "
               "--preset pocket is made for the CPU", file=sys.stderr, flush=True)
     return dataclasses.replace(presets[others["preset"]], **changed), argparse.Namespace(**others)
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """One line for each option where it fits: a wide help column."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=160)
-
-    def add_usage(self, usage, actions, groups, prefix=None):
-        """The list of options says it all."""
-
-
 def field_comments(Config):
     """{field: the comment at the end of its line}, from the source of the dataclass."""
     lines = inspect.getsource(Config).splitlines()
-    found = {}
-    for node in ast.parse(inspect.cleandoc("\n".join(lines))).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            found[node.target.id] = lines[node.lineno - 1].partition("  # ")[2].strip()
-    return found
+    body = ast.parse(inspect.cleandoc("\n".join(lines))).body[0].body
+    return {node.target.id: lines[node.lineno - 1].partition("  # ")[2].strip()
+            for node in body if isinstance(node, ast.AnnAssign)}
 
 
 def describe(name, presets, preset, comment):
     """"paper, E.3 (1280; released 1536, pocket 192)": source, default, where presets differ."""
-    value = getattr(presets[preset], name)
-    others = ", ".join(f"{key} {show(getattr(one, name))}" for key, one in presets.items()
-                       if getattr(one, name) != value)
-    values = f"{show(value)}{'; ' if others else ''}{others}"
-    text = f"{comment} ({values})" if comment else values
-    return text.replace("%", "%%")
-
-
-def show(value):
-    """A value as the command line takes it."""
-    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+    values = {key: getattr(one, name) for key, one in presets.items()}
+    shown = {key: ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+             for key, value in values.items()}
+    differ = [f"{key} {shown[key]}" for key in values if values[key] != values[preset]]
+    text = "; ".join([shown[preset], *[", ".join(differ)] * bool(differ)])
+    return (f"{comment} ({text})" if comment else text).replace("%", "%%")
 
 
 def tuple_of(kind):
     """An argparse type that reads "48,96" as a tuple of `kind`."""
     def read(text):
         return tuple(kind(part) for part in text.split(","))
-    read.__name__ = f"tuple of {kind.__name__}"
+    read.__name__ = f"tuple of {kind.__name__}"               # argparse's name for it in an error
     return read
 
 
 def start(main, *arguments):
     """Run `main`; an error whose message is for the user ends the program with that sentence alone.
 
-    That is a UsageError, a plain ValueError that a file of this project raised itself (the stage
-    files above their banner know no other), a file that cannot be read or written, or a full disk;
-    any other is a fault and keeps its traceback.
+    For the user are a UsageError, a ValueError that a stage file raises above its banner, a file
+    that cannot be read or written and a full disk; any other keeps its traceback.
     """
     try:
         return main(*arguments)
@@ -124,7 +107,7 @@ def start(main, *arguments):
 
 
 def raised_here(error):
-    """Whether a `raise ValueError` of this project made the error, not a library or a built-in."""
+    """Whether a `raise` in this project made the error, not a library or a built-in."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     path = Path(last.filename)
     return path.is_relative_to(ROOT) and ".venv" not in path.parts and "raise" in (last.line or "")

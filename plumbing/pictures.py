@@ -17,15 +17,14 @@ def grid(images, columns, captions=None, scale=1):
     font, line = ImageFont.load_default(11), 13
     texts = [wrap(text, width, font) for text in captions or [""] * len(images)]
     below = line * max(text.count("\n") + 1 for text in texts) + 3 if captions else 0
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + below + 4) + 4), "white")
+    size = (columns * (width + 4) + 4, -(-len(images) // columns) * (height + below + 4) + 4)
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for index, (image, text) in enumerate(zip(images, texts)):
         x, y = 4 + index % columns * (width + 4), 4 + index // columns * (height + below + 4)
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
         pen.rectangle((x - 1, y - 1, x + width, y + height), outline=(200, 200, 200))
-        if captions:
-            pen.multiline_text((x, y + height + 1), text, fill="black", font=font, spacing=1)
+        pen.multiline_text((x, y + height + 1), text, fill="black", font=font, spacing=1)
     return sheet
 
 

@@ -1,12 +1,11 @@
-"""
-Where the samples of a source lie: files and (offset, size) of each image, caption and json.
+"""Where the samples of a source lie: files and (offset, size) of each image, caption and json.
 
-The headers of a tar are read once and remembered in .index/ beside it (or in the user's cache
-folder, where that cannot be written), so that every sample is reached directly. What is damaged is
-reported as (reason, where), and all that is readable around it is found.
+The headers of a tar are read once and kept in .index/ beside it, or in the user's cache folder.
+What is damaged is reported as (reason, where), and all that is readable around it is found.
 """
 
 import collections
+import contextlib
 import glob
 import hashlib
 import io
@@ -21,7 +20,7 @@ from plumbing.cli import UsageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FOLDER_SUFFIXES = IMAGE_SUFFIXES + ("bmp", "gif", "tif", "tiff")  # tools.pack makes them png
-INDEX_VERSION = 2  # ours: written into each cached index; another number is scanned again
+INDEX_VERSION = 3  # ours: written into each cached index; another number is scanned again
 OPEN_FILES = 32  # ours: handles kept open per process, for sources of many shards
 PER_SHARD = 10_000  # ours: at most so many samples, which four digits of a key can count
 
@@ -29,25 +28,28 @@ PER_SHARD = 10_000  # ours: at most so many samples, which four digits of a key 
 def find_samples(source, suffixes=IMAGE_SUFFIXES):
     """-> files, rows, problems, whether the files are tars.
 
-    source: a folder of tars or of images, one tar, a brace pattern or a glob (see data.py).
-    rows: [(key, image, txt, json)] of the usable samples; a part is (number of its file, offset,
-    size), (-1, -1, 0) where there is no json. problems: [(reason, where)] of all that is left out.
-    Raises UsageError if that is most of it.
+    source: as data.py says. rows: [(key, image, txt, json)] of the usable samples; a part is
+    (number of its file, offset, size), (-1, -1, 0) where there is none. problems: [(reason, where)]
+    of all that is left out. Raises UsageError if that is most of it.
     """
-    files, rows, problems, in_tars = _all_samples(source, suffixes)
-    if in_tars and not files:
-        raise unusable(source, "there is no readable tar there", problems)
+    tars, problems = list_tars(source)
+    files, rows = ([], []) if tars is not None else list_pictures(source, problems)
+    for path in tqdm(tars or [], desc="index of the shards", unit="shard", delay=1, leave=False):
+        samples, found = index_tar(path, suffixes)
+        problems += found if samples or found else [("no samples", path)]
+        if samples:
+            rows += [(key, *((len(files), *part) if part[0] >= 0 else (-1, -1, 0)
+                             for part in parts)) for key, *parts in samples]
+            files.append(path)
     reasons = ["no image" if image[0] < 0 else "no caption" if txt[0] < 0 else
                "empty image" if image[2] == 0 else None for _, image, txt, _ in rows]
-    problems += [(reason, row[0]) for reason, row in zip(reasons, rows) if reason]
-    first = reasons[:1000]
+    problems += [(reason, key) for reason, (key, *_) in zip(reasons, rows) if reason]
+    rows, first = [row for row, reason in zip(rows, reasons) if not reason], reasons[:1000]
     bad = len(first) - first.count(None)
-    if not any(reason is None for reason in reasons):
-        raise unusable(source, "no sample is usable", problems)
-    if bad > len(first) / 2:
-        raise unusable(source, f"{bad:,} of the first {len(first):,} samples are unusable",
-                       problems)
-    return files, [row for reason, row in zip(reasons, rows) if not reason], problems, in_tars
+    if not rows or 2 * bad > len(first):
+        raise unusable(source, "no sample is usable" if not rows else
+                       f"{bad:,} of the first {len(first):,} samples are unusable", problems)
+    return files, rows, problems, tars is not None
 
 
 def unusable(source, what, problems):
@@ -56,21 +58,10 @@ def unusable(source, what, problems):
     found = ", ".join(f"{n} x {reason}" for reason, n in counts.items()) or "nothing"
     example = f" (such as {problems[0][1]})" if problems else ""
     return UsageError(
-        f"{source}: {what}; found {found}{example}; expected a folder of tars, a quoted pattern "
-        "such as \"shards/{00000..00099}.tar\" (in them KEY.jpg|jpeg|png|webp and KEY.txt), a "
-        "folder of images each with NAME.txt, or one with metadata.jsonl (file_name, text).")
-
-
-def describe(source, shards, samples, problems):
-    """What a source holds (numbers of shards and samples), what is left out and why: few lines."""
-    kind = f"{shards:,} shard(s)" if shards else "a folder of images"
-    lines, by_reason = [f"{source}: {kind}, {samples:,} samples"], {}
-    for reason, where in problems:
-        by_reason.setdefault(reason, []).append(where)
-    for reason, names in by_reason.items():
-        more = ", ..." if len(names) > 3 else ""
-        lines.append(f"  {len(names):,} x {reason}: {', '.join(names[:3])}{more}")
-    return "\n".join(lines)
+        f"{source}: {what}; found {found}{example}; expected a folder of "
+        "tars, a quoted pattern such as \"shards/{00000..00099}.tar\" (in them "
+        "KEY.jpg|jpeg|png|webp and KEY.txt), a folder of images each with NAME.txt, or one with "
+        "metadata.jsonl (file_name, text).")
 
 
 class Reader:
@@ -83,48 +74,31 @@ class Reader:
         return {"files": self.files, "handles": {}}  # open files do not travel to workers
 
     def read(self, number, offset, size):
-        """The bytes of a part, None where there is none. Raises OSError or EOFError."""
+        """The bytes of a part, None where there is none. Raises OSError."""
         if number < 0:
             return None
-        where = os.getpid(), self.files[number]  # forks would move each other's position in it
-        if where not in self.handles:
+        if number not in self.handles:
             while len(self.handles) >= OPEN_FILES:
                 self.handles.pop(next(iter(self.handles))).close()
-            self.handles[where] = open(self.files[number], "rb")
-        self.handles[where].seek(offset)
-        found = self.handles[where].read(size)
+            self.handles[number] = open(self.files[number], "rb")
+        found = os.pread(self.handles[number].fileno(), size, offset)  # moves no shared position
         if len(found) != size:
-            raise EOFError(f"file ended early: {self.files[number]}")
+            raise OSError(f"file ended early: {self.files[number]}")
         return found
 
 
-def _all_samples(source, suffixes):
-    """As find_samples, with the samples that cannot be used."""
-    problems = []
+def list_tars(source):
+    """-> the paths of the tars that a source means, None if it is a folder without; problems."""
     if os.path.isdir(source):
-        tars = sorted(glob.glob(os.path.join(glob.escape(source), "*.tar")))
-        if not tars:
-            return *list_pictures(source), False
-        deeper = sorted(glob.glob(os.path.join(glob.escape(source), "*", "*.tar")))
-        problems += [("tar in a sub-folder", path) for path in deeper]
-    elif os.path.exists(source):
-        tars = [source]
-    else:
-        tars = expand_braces(source)
-        if any(mark in source for mark in "*?["):
-            tars = sorted(path for pattern in tars for path in glob.glob(pattern))
-    files, rows = [], []
-    for path in tqdm(tars, desc="index of the shards", unit="shard", delay=1, leave=False):
-        if not os.path.isfile(path):
-            problems.append(("missing shard", path))
-            continue
-        samples, found = index_tar(path, suffixes)
-        problems += found if samples or found else [("no samples", path)]
-        if samples:
-            rows += [(key, *((len(files) if parts[i] >= 0 else -1, parts[i], parts[i + 1])
-                             for i in (0, 2, 4))) for key, *parts in samples]
-            files.append(path)
-    return files, rows, problems, True
+        here, deeper = (sorted(glob.glob(os.path.join(glob.escape(source), pattern)))
+                        for pattern in ("*.tar", "*/*.tar"))
+        return here or None, [("tar in a sub-folder", path) for path in deeper if here]
+    if os.path.exists(source):
+        return [source], []
+    tars = expand_braces(source)
+    if any(mark in source for mark in "*?["):
+        tars = sorted(path for pattern in tars for path in glob.glob(pattern))
+    return tars, []
 
 
 def expand_braces(pattern):
@@ -134,27 +108,49 @@ def expand_braces(pattern):
         return [pattern]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if span:
-        first, last = int(span[1]), int(span[2])
-        width = len(span[1]) if len(span[1]) == len(span[2]) or span[1].startswith("0") else 0
-        parts = [f"{n:0{width}d}" for n in range(first, last + 1)]
+        first, last = span.groups()
+        parts = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
     else:
         parts = match[1].split(",")
-    head, tail = pattern[:match.start()], pattern[match.end():]
-    return [done for part in parts for done in expand_braces(head + part + tail)]
+    return [done for part in parts
+            for done in expand_braces(pattern[:match.start()] + part + pattern[match.end():])]
+
+
+def index_tar(path, suffixes=IMAGE_SUFFIXES):
+    """-> (samples, problems) of one tar, from the cached index where that is up to date."""
+    if not os.path.isfile(path):
+        return [], [("missing shard", path)]
+    state, full = os.stat(path), os.path.abspath(path)
+    stamp = [INDEX_VERSION, state.st_size, state.st_mtime_ns, *suffixes]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    digest = hashlib.sha256(full.encode()).hexdigest()[:24]
+    places = (f"{os.path.dirname(full)}/.index/{os.path.basename(full)}.json",
+              f"{home}/captioned_shards/{digest}.json")
+    for place in places:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, not ours
+            with open(place, encoding="utf-8") as file:
+                cached = json.load(file)
+            if cached["stamp"] == stamp:
+                return cached["samples"], [tuple(problem) for problem in cached["problems"]]
+    members, problems = scan_tar(path)
+    samples = group_members(path, members, suffixes, problems)
+    for place in places:
+        with contextlib.suppress(OSError):  # read-only: the next place, or no cache at all
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            with open(f"{place}.{os.getpid()}", "w", encoding="utf-8") as file:
+                json.dump({"stamp": stamp, "samples": samples, "problems": problems}, file)
+            os.replace(file.name, place)
+            break
+    return samples, problems
 
 
 def scan_tar(path):
-    """Read the headers of one tar -> (members, problems).
+    """Read the headers of one tar -> its files [(name, offset, size)], problems [(reason, where)].
 
-    members: [(name, offset, size)] of its files; problems: [(reason, where)].
-    Python's tarfile, left alone, ends in silence at a damaged header. ignore_zeros=True makes it
-    search on, 512 bytes at a time; and since every member says where it begins and ends, bytes
-    that belong to none and are not zero are found, and reported.
+    By default Python's tarfile ends in silence at a damaged header; ignore_zeros=True makes it
+    search on, 512 bytes at a time. Bytes that belong to no member and are not zero are reported.
     """
-    size = os.path.getsize(path)
-    if size == 0:
-        return [], [("empty file", path)]
-    found, problems, start = [], [], 0
+    found, problems, start, size = [], [], 0, os.path.getsize(path)
     with open(path, "rb") as handle:
         while start < size:
             handle.seek(start)
@@ -162,18 +158,18 @@ def scan_tar(path):
             try:
                 archive = tarfile.TarFile(fileobj=handle, ignore_zeros=True, encoding="utf-8",
                                           errors="replace")
-                for member in archive:
-                    found.append(member)
+                found.extend(archive)
                 break
             except (tarfile.TarError, ValueError, OverflowError):
                 # An extended header that is damaged stops tarfile all the same: go on after it.
                 start = max(start, archive.offset if archive is not None else start) + 512
         if not found:
             handle.seek(0)
-            return [], [("not a tar", f"{path} begins with {handle.read(15)!r}")]
+            return [], [("not a tar", f"{path} begins with {handle.read(15)!r}") if size else
+                        ("empty file", path)]
         members, end = [], 0
         for member in sorted(found, key=lambda member: member.offset):
-            _report_gap(handle, end, min(member.offset, size), path, problems)
+            report_gap(handle, end, min(member.offset, size), path, problems)
             stop = member.offset_data + (member.size if member.isreg() else 0)
             end = max(end, stop + -stop % 512)
             if stop > size:
@@ -182,13 +178,13 @@ def scan_tar(path):
                 members.append((member.name, member.offset_data, member.size))
             elif not member.isdir():
                 problems.append(("link or device", f"{path}: {member.name}"))
-        _report_gap(handle, end, size, path, problems)
-    if size < end + 512 and not any(reason == "cut off" for reason, _ in problems):
+        report_gap(handle, end, size, path, problems)
+    if size < end + 512 and "cut off" not in dict(problems):
         problems.append(("no end mark", f"{path}: more samples may have been meant to follow"))
     return members, problems
 
 
-def _report_gap(handle, start, end, path, problems):
+def report_gap(handle, start, end, path, problems):
     """Note bytes from start to end that belong to no member, unless they are padding."""
     handle.seek(min(start, end))
     lost = 0
@@ -201,13 +197,11 @@ def _report_gap(handle, start, end, path, problems):
         problems.append(("damaged header", f"{path}: bytes {start:,} to {end:,} are unreadable"))
 
 
-def group_members(path, members, suffixes=IMAGE_SUFFIXES):
-    """Members of one tar -> (samples, problems); sample = [key, (offset, size) x 3, flattened].
-
-    The three are image, txt and json; (-1, 0) stands for none. Grouping is by name over the
-    whole tar, so members of a sample need not stand next to each other.
+def group_members(path, members, suffixes, problems):
+    """Members of a tar, in any order -> [key, image, txt, json]; a part is (offset, size), (-1, 0)
+    where there is none.
     """
-    samples, problems = {}, []
+    samples = {}
     for name, offset, size in members:
         folder, _, base = name.removeprefix("./").rpartition("/")
         stem, dot, extension = base.partition(".")
@@ -224,93 +218,8 @@ def group_members(path, members, suffixes=IMAGE_SUFFIXES):
             problems.append(("duplicate member", f"{path}: {name}"))
         if kind not in sample or (exact and not sample[kind][2]):
             sample[kind] = (offset, size, exact)
-    rows = [[key, *(part.get(kind, (-1, 0))[i] for kind in range(3) for i in range(2))]
-            for key, part in samples.items()]
-    return rows, problems
-
-
-def index_tar(path, suffixes=IMAGE_SUFFIXES):
-    """-> (samples, problems) of one tar, from the cached index where that is up to date."""
-    state = os.stat(path)
-    stamp = [INDEX_VERSION, state.st_size, state.st_mtime_ns, *suffixes]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    full = os.path.abspath(path)
-    places = (
-        os.path.join(os.path.dirname(full), ".index", os.path.basename(full) + ".json"),
-        os.path.join(home, "captioned_shards",
-                     hashlib.sha256(full.encode()).hexdigest()[:24] + ".json"),
-    )
-    for place in places:
-        try:
-            with open(place, encoding="utf-8") as file:
-                cached = json.load(file)
-            if cached["stamp"] == stamp:
-                return cached["samples"], [tuple(problem) for problem in cached["problems"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not there, or not ours: it is made anew
-    members, problems = scan_tar(path)
-    samples, more = group_members(path, members, suffixes)
-    problems += more
-    for place in places:
-        try:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            with open(f"{place}.{os.getpid()}", "w", encoding="utf-8") as file:
-                json.dump({"stamp": stamp, "samples": samples, "problems": problems}, file)
-            os.replace(file.name, place)
-            break
-        except OSError:
-            continue  # read-only: the next place, or no cache at all
-    return samples, problems
-
-
-def list_pictures(folder):
-    """A folder of images -> (files, samples, problems); each sample's parts are whole files."""
-    files, rows, problems, whole = [], [], [], {}
-
-    def part(path):  # -> (number of the file, 0, its size)
-        if path is None or not os.path.isfile(path):
-            return (-1, -1, 0)
-        if path not in whole:
-            whole[path] = len(files)
-            files.append(path)
-        return (whole[path], 0, os.path.getsize(path))
-
-    listing = os.path.join(folder, "metadata.jsonl")
-    if os.path.isfile(listing):
-        place = part(listing)[0]
-        with open(listing, "rb") as file:
-            offset = 0
-            for number, line in enumerate(file, 1):
-                span = (place, offset, len(line))
-                offset += len(line)
-                if not line.strip():
-                    continue
-                try:
-                    name = json.loads(line)["file_name"]
-                    image = part(os.path.join(folder, name))
-                except (ValueError, KeyError, TypeError) as error:
-                    problems.append(("unreadable line of metadata.jsonl",
-                                     f"{listing}, line {number}: {error!r}"))
-                    continue
-                # The line itself is the sample's json, and its "text" the caption.
-                rows.append((os.path.splitext(name)[0], image, span, span))
-        listed = set(map(os.path.normpath, whole))
-        problems += [("not in metadata.jsonl", path) for path in sorted(
-            os.path.normpath(os.path.join(where, name))
-            for where, _, names in os.walk(folder) for name in names
-            if os.path.splitext(name)[1][1:].lower() in FOLDER_SUFFIXES) if path not in listed]
-        return files, rows, problems
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            stem, suffix = os.path.splitext(name)
-            if name.startswith(".") or suffix[1:].lower() not in FOLDER_SUFFIXES:
-                continue
-            base = os.path.join(where, stem)
-            rows.append((os.path.relpath(base, folder).replace(os.sep, "/"),
-                         part(os.path.join(where, name)),
-                         part(f"{base}.txt"), part(f"{base}.json")))
-    return files, rows, problems
+    return [[key, *(parts.get(kind, (-1, 0))[:2] for kind in range(3))]
+            for key, parts in samples.items()]
 
 
 def write_tar(path, samples):
@@ -331,3 +240,46 @@ def sample(key, suffix, image_bytes, size, caption, extra):
              "original_width": width, "original_height": height}
     return key, {suffix: image_bytes, "txt": caption.encode(),
                  "json": json.dumps(facts, ensure_ascii=False).encode()}
+
+
+def list_pictures(folder, problems):
+    """A folder of images -> (files, samples); the parts of a sample are whole files."""
+    files, rows = {}, []  # path -> its number
+
+    def part(path):
+        if not os.path.isfile(path):
+            return (-1, -1, 0)
+        return (files.setdefault(path, len(files)), 0, os.path.getsize(path))
+
+    pictures = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        pictures += [os.path.join(where, name) for name in sorted(names)
+                     if not name.startswith(".")
+                     and os.path.splitext(name)[1][1:].lower() in FOLDER_SUFFIXES]
+    listing = os.path.join(folder, "metadata.jsonl")
+    if not os.path.isfile(listing):
+        for path in pictures:
+            base = os.path.splitext(path)[0]
+            rows.append((os.path.relpath(base, folder).replace(os.sep, "/"), part(path),
+                         part(f"{base}.txt"), part(f"{base}.json")))
+        return list(files), rows
+    place, end = part(listing)[0], 0
+    with open(listing, "rb") as file:
+        for number, line in enumerate(file, 1):
+            span, end = (place, end, len(line)), end + len(line)
+            if not line.strip():
+                continue
+            try:
+                name = json.loads(line)["file_name"]
+                image = part(os.path.join(folder, name))
+            except (ValueError, KeyError, TypeError) as error:
+                problems.append(("unreadable line of metadata.jsonl",
+                                 f"{listing}, line {number}: {error!r}"))
+                continue
+            # The line itself is the sample's json, and its "text" the caption.
+            rows.append((os.path.splitext(name)[0], image, span, span))
+    listed = set(map(os.path.normpath, files))
+    problems += [("not in metadata.jsonl", path) for path in map(os.path.normpath, pictures)
+                 if path not in listed]
+    return list(files), rows

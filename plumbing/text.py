@@ -1,5 +1,4 @@
-"""
-The frozen text encoder: captions -> un-pooled tokens after the final layer norm.
+"""The frozen text encoder: captions -> un-pooled tokens after the final layer norm.
 
 The towers are open_clip's: the small one of pocket/, which needs no download, and the text halves
 of CLIP ViT-H/14 and ViT-bigG/14. Folders that transformers wrote, and the hub, are in published/.
@@ -9,42 +8,75 @@ of CLIP ViT-H/14 and ViT-bigG/14. Folders that transformers wrote, and the hub, 
 
 import functools
 import glob
-import hashlib
+import importlib.util
 import os
-import pickle
+import re
+import sys
+import types
+import unicodedata
 
 import numpy as np
+import regex
 import torch
 from torch import nn
 
+from plumbing.checkpoint import UNREADABLE, checksum, copied, read_tensors
 from plumbing.cli import ROOT, UsageError
 
 POCKET_TEXT = ROOT / "pocket" / "text.safetensors"
-END_OF_TEXT = 49407  # CLIP's vocabulary; laion's tokenizers for H-14 and bigG-14 also pad with it
+WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")     # CLIP's
+MARKS = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}    # the last two of its vocabulary
+START_OF_TEXT, END_OF_TEXT = MARKS.values()   # the tokenizers of H-14 and bigG-14 pad with this one
 
 TEXT_ENCODERS = {
     # ours: small enough for a CPU; 24 positions hold every caption of pocket/shapes.py
-    "pocket": {"width": 128, "heads": 4, "layers": 2, "length": 24},
+    "pocket": {"width": 128, "heads": 4, "layers": 2, "context_length": 24},
     # open_clip's model configs; Stage B and the paper's Stage C, then the released Stage C
-    "clip-h": {"width": 1024, "heads": 16, "layers": 24, "length": 77,
-               "hub": ("ViT-H-14", "laion2b_s32b_b79k", "3.9 GB")},
-    "clip-bigg": {"width": 1280, "heads": 20, "layers": 32, "length": 77,
-                  "hub": ("ViT-bigG-14", "laion2b_s39b_b160k", "10.2 GB")},
-}
+    "clip-h": {"width": 1024, "heads": 16, "layers": 24, "context_length": 77},
+    "clip-bigg": {"width": 1280, "heads": 20, "layers": 32, "context_length": 77}}
+HUB = {"clip-h": ("ViT-H-14", "laion2b_s32b_b79k", "3.9 GB"),
+       "clip-bigg": ("ViT-bigG-14", "laion2b_s39b_b160k", "10.2 GB")}
+
+
+def open_clip(part):
+    """A file of open_clip by itself: to import the whole package takes seconds."""
+    package = types.ModuleType("open_clip_alone")             # one whose __init__.py does not run
+    package.__path__ = importlib.util.find_spec("open_clip").submodule_search_locations
+    sys.modules.setdefault(package.__name__, package)
+    return importlib.import_module(f"{package.__name__}.{part}")
+
+
+@functools.cache
+def byte_pairs():
+    return open_clip("tokenizer").SimpleTokenizer()
+
+
+def ids_of(caption):
+    """Ids of a caption as transformers' CLIPTokenizer gives them, the released models' tokenizer.
+
+    open_clip's own replaces curly quotes, ligatures and "&amp;" first; its byte pairs are the same.
+    """
+    clip, ids = byte_pairs(), []
+    for part in re.split("(" + "|".join(map(re.escape, MARKS)) + ")", caption):
+        lower = "".join(letter.lower() for letter in unicodedata.normalize("NFC", part))
+        words = ["".join(clip.byte_encoder[byte] for byte in word.encode())
+                 for word in WORD.findall(lower)]
+        ids += [MARKS[part]] if part in MARKS else [
+            clip.encoder[piece] for word in words for piece in clip.bpe(word).split(" ")]
+    return ids
 
 
 class TextEncoder(nn.Module):
     """Frozen: encoder(["a red star", ""]) -> float32 (B, L, D), after the final layer norm.
 
-    Padded as the released models were trained (Hugging Face's CLIP tokenizer and text model): up
-    to L with the token `pad`, and nothing attends to a padded position. What comes out at those
-    positions still goes on to Stages B and C, which attend to all L. (pocket/teach_text.py alone
-    unfreezes layers: then what comes out has a gradient.)
+    Padded as the released models were trained: up to L with the token `pad`, to which nothing in
+    here attends. Stages B and C attend to all L of what comes out. pocket/teach_text.py alone
+    unfreezes layers; then it has a gradient.
     """
 
-    def __init__(self, name, tower, tokenizer, pad):
+    def __init__(self, name, tower, pad):
         super().__init__()
-        self.name, self.tower, self.tokenizer, self.pad = name, tower, tokenizer, pad
+        self.name, self.tower, self.pad = name, tower, pad
         self.width, self.length = tower.width, tower.context_length
         self.eval().requires_grad_(False)
 
@@ -54,11 +86,7 @@ class TextEncoder(nn.Module):
     @functools.cached_property
     def checksum(self):
         """sha256 of weights and padding: a checkpoint keeps it, so that sampling uses the same."""
-        digest = hashlib.sha256(f"padded with {self.pad}, masked".encode())
-        for name, parameter in sorted(self.tower.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(parameter.float().cpu().numpy().astype("<f4").tobytes())
-        return digest.hexdigest()
+        return checksum(self.tower.state_dict(), f"padded with {self.pad}, masked")
 
     @property
     def identity(self):
@@ -67,24 +95,24 @@ class TextEncoder(nn.Module):
 
     def tokens(self, captions):
         """[str] -> ids (B, L) int64; real (B, L) bool, False where there is padding."""
-        ids = self.tokenizer(list(captions), context_length=self.length)
-        ends = ids == END_OF_TEXT
-        real = ends.cumsum(1) - ends.long() == 0  # up to and with the first end of text
-        return torch.where(real, ids, self.pad), real
+        rows = [[START_OF_TEXT, *ids_of(one)[:self.length - 2], END_OF_TEXT] for one in captions]
+        ids = torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
+        ends = torch.tensor([len(row) for row in rows])
+        return ids, torch.arange(self.length) < ends[:, None]
 
     def forward(self, captions):
         tower = self.tower
         ids, real = (x.to(tower.positional_embedding.device) for x in self.tokens(captions))
-        mask = tower.attn_mask.masked_fill(~real[:, None], float("-inf"))            # (B, L, L)
+        hidden = ~real[:, None].expand(-1, self.length, -1).tril()                   # (B, L, L)
+        mask = torch.zeros(hidden.shape, device=ids.device).masked_fill(hidden, float("-inf"))
         x = tower.token_embedding(ids) + tower.positional_embedding                  # (B, L, D)
         x = tower.transformer(x, attn_mask=mask.repeat_interleave(tower.heads, 0))
         return tower.ln_final(x).float()
 
 
 def known_text_encoder(path, state, published, weights, device, width):
-    """The text encoder that the checkpoint `state` of `path` names; `published` if it names none.
-
-    Raises UsageError if `weights` are another one than its model was trained with.
+    """The text encoder that the checkpoint `state` of `path` names, else `published`; UsageError if
+    `weights` are another one than its model was trained with.
     """
     known = state.get("text_encoder", {"name": published})
     encoder = text_encoder(known["name"], weights, device, width)
@@ -103,112 +131,81 @@ def text_encoder(name="pocket", weights=None, device="cpu", width=None):
     width: of its tokens, as the model that reads them expects it. Raises UsageError.
     """
     if name not in TEXT_ENCODERS:
-        raise UsageError(f"text encoder {name!r} is not known; expected one of "
-                         f"{', '.join(TEXT_ENCODERS)}.")
+        raise UsageError(f"text encoder {name!r}: expected one of {', '.join(TEXT_ENCODERS)}")
     size, pad, published = TEXT_ENCODERS[name], END_OF_TEXT, None
-    if name != "pocket" and weights and os.path.isdir(weights):
+    weights = POCKET_TEXT if name == "pocket" else weights
+    if weights and os.path.isdir(weights):
         named = sorted(glob.glob(os.path.join(glob.escape(weights), f"{name}*")))
         weights = named[0] if named else weights
         if os.path.isdir(weights):
             from published import text as published
             size, pad = published.size_and_pad(weights)
-    # Imported here: it takes seconds, and most commands never need it.
-    from open_clip.tokenizer import SimpleTokenizer
-    from open_clip.transformer import TextTransformer
-
     with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
-        tower = TextTransformer(context_length=size["length"], width=size["width"],
-                                heads=size["heads"], layers=size["layers"], output_dim=None,
-                                mlp_ratio=size.get("mlp_ratio", 4.0))
-    state = (_pocket_weights(tower) if name == "pocket" else
-             published.weights(weights) if published else _clip_weights(name, weights, size))
+        tower = open_clip("transformer").TextTransformer(**size, output_dim=None)
+    tower.attn_mask = None                                        # TextEncoder makes its own
     try:
-        tower.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        detail = str(error).splitlines()[-1].strip()[:160]
-        raise UsageError(f"{weights}: is not the text tower of {name}, {size['width']} wide with "
-                         f"{size['layers']} layers: {detail}.") from None
+        tower.load_state_dict(copied(
+            pocket_weights(tower) if name == "pocket" else
+            published.weights(weights) if published else clip_weights(name, weights)), assign=True)
+    except UsageError:
+        raise
+    except UNREADABLE as error:
+        detail = str(error).splitlines()[-1].strip()[:200]
+        raise UsageError(f"{weights or 'the hub'}: is not the text tower of {name}, "
+                         f"{size['width']} wide with {size['layers']} layers: {detail}.") from None
     if width not in (None, tower.width):
         raise UsageError(f"the text encoder {name} gives tokens {tower.width} wide, and the model "
                          f"reads tokens {width} wide (--text-encoder, --text-width)")
-    tower.attn_mask = tower.build_causal_mask()  # not part of the state, so still on "meta"
-    return TextEncoder(name, tower.float(), SimpleTokenizer(), pad).to(device)
+    return TextEncoder(name, tower, pad).to(device)
 
 
-def _pocket_weights(tower):
+def pocket_weights(tower):
     """The random weights below; in its layers those that pocket/teach_text.py taught, if there."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     state = random_text_weights(tower)
-    if os.path.exists(POCKET_TEXT):
-        try:
-            taught = {name: value.float() for name, value in load_file(POCKET_TEXT).items()}
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{POCKET_TEXT}: not a readable text tower ({error}).") from None
-        expected, found = ({name: tuple(value.shape) for name, value in tensors.items()
-                            if tensors is taught or name.startswith("transformer.")}
-                           for tensors in (state, taught))
-        if expected != found:
-            name = sorted(name for name, _ in expected.items() ^ found.items())[0]
-            raise UsageError(f"{POCKET_TEXT}: expected the {len(expected)} tensors of the pocket "
-                             f"tower's layers; of {name} it has {found.get(name)}, expected "
-                             f"{expected.get(name)}.")
-        state |= taught
-    return state
+    taught = read_tensors(POCKET_TEXT) if os.path.exists(POCKET_TEXT) else {}
+    layers = {name for name in state if name.startswith("transformer.")}
+    if taught and layers != set(taught):
+        raise ValueError(f"expected the {len(layers)} tensors of the layers, found {len(taught)}; "
+                         f"{min(layers ^ set(taught))} is in one of the two alone")
+    return state | taught
 
 
 def random_text_weights(tower):
     """Random weights that are the same on every machine: a fixed code for captions, not CLIP.
 
-    Uniform numbers of a given standard deviation: RandomState's stream is frozen for good, and
-    a uniform draw needs no logarithm, whose last digit may differ between machines.
+    RandomState's stream is frozen for good, and a uniform number needs no logarithm, whose last
+    digit may differ between machines.
     """
     rng, state = np.random.RandomState(24), {}
     for name, parameter in sorted(tower.state_dict().items()):
         if parameter.ndim == 1:  # layer norms and biases
             value = np.full(parameter.shape, float(name.endswith("weight")))
         else:
-            std = {"token_embedding.weight": 1.0, "positional_embedding": 0.5}.get(name)
-            if std is None:
-                std = 1 / np.sqrt(parameter.shape[1])  # fan-in
-                if name.endswith(("out_proj.weight", "c_proj.weight")):
-                    std *= 0.5  # branches add to the words, they do not drown them
+            std = 1 / np.sqrt(parameter.shape[1])  # fan-in
+            if name.endswith(("out_proj.weight", "c_proj.weight")):
+                std *= 0.5  # branches add to the words, they do not drown them
+            std = {"token_embedding.weight": 1.0, "positional_embedding": 0.5}.get(name, std)
             value = (rng.random_sample(tuple(parameter.shape)) * 2 - 1) * (np.sqrt(3) * std)
         state[name] = torch.from_numpy(value.astype(np.float32))
     return state
 
 
-def _clip_weights(name, weights, size):
+def clip_weights(name, weights):
     """The text tower's part of an open_clip checkpoint, from the file or from the hub."""
-    from safetensors import SafetensorError, safe_open
-
-    model, tag, download = size["hub"]
+    model, tag, download = HUB[name]
     wanted = ("positional_embedding", "token_embedding.", "transformer.", "ln_final.")
     try:
         if not weights:
             from published import hub
             weights = hub.open_clip_checkpoint(model, tag)
-        path = os.fspath(weights)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"there is no file {path}")
-        if path.endswith(".safetensors"):
-            with safe_open(path, framework="pt") as file:  # only what is asked for
-                names = {key: _short(key) for key in file.keys()}
-                return {short: file.get_tensor(key) for key, short in names.items()
-                        if short.startswith(wanted)}
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        return {_short(key): x for key, x in state.items() if _short(key).startswith(wanted)}
-    except (OSError, RuntimeError, ValueError, AttributeError, EOFError,
-            SafetensorError, pickle.UnpicklingError) as error:
+        state = read_tensors(weights)
+        # names of a model in DistributedDataParallel, or with a separate text tower, as in CLIP
+        state = {key.removeprefix("module.").removeprefix("text."): value
+                 for key, value in state.get("state_dict", state).items()}
+    except UNREADABLE as error:
         reason = str(error).partition("\n")[0].partition(". ")[0][:160].rstrip(". ")
         raise UsageError(
             f"The CLIP weights of {name} ({model}, {tag}) could not be loaded ({reason}): give "
             "their file with --clip /path/open_clip_model.safetensors, or go online once "
             f"({download}), or use --preset pocket, which needs no CLIP.") from None
-
-
-def _short(key):
-    """Names of a model in DistributedDataParallel, or with a separate text tower, as in CLIP."""
-    return key.removeprefix("module.").removeprefix("text.")
+    return {key: value for key, value in state.items() if key.startswith(wanted)}

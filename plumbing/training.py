@@ -3,6 +3,7 @@
 Nothing here owns a loop: a stage's train() says what a step is, and calls these by name.
 """
 
+import copy
 import ctypes
 import dataclasses
 import inspect
@@ -19,32 +20,22 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from plumbing import checkpoint, cli
-from plumbing.cli import UsageError
 
 
 # ---- processes: one, or several that torchrun started --------------------------------------------
 
-def keep_freed_memory():
-    """Let glibc keep what is freed; by default each large tensor costs fresh pages from the kernel.
-
-    On two CPU cores Stage A's training step takes 0.45 s with this and 0.67 s without.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):                          # glibc alone; elsewhere nothing happens
-        m_trim_threshold, m_mmap_max = -1, -4                 # malloc.h
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
-
-
 def setup(seed):
     """-> the device of this process. Joins the other processes if `torchrun` started several."""
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")        # TF32 for what autocast leaves in fp32
-    else:
-        device = torch.device("cpu")
-        keep_freed_memory()
+    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc shall keep what is freed: else each large tensor costs fresh pages, and a step of
+        # Stage A on two cores 0.67 s in place of 0.45 s
+        for parameter, value in ((-4, 0), (-1, 2 ** 31 - 1)):             # mmap_max, trim_threshold
+            ctypes.CDLL(None).mallopt(parameter, value)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)
@@ -65,22 +56,17 @@ def synchronised(model):
     """On several GPUs BatchNorm uses the batch of all processes. torch has no such layer for CPUs:
     there each process uses its own batch, and the first one's statistics are saved.
     """
-    if world() > 1 and torch.cuda.is_available():
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
+    several = world() > 1 and torch.cuda.is_available()
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
 
 
 def average_gradients(parameters):
-    """Average the gradients over all processes, once per optimizer step.
-
-    departs from the habit of wrapping in DistributedDataParallel: that hooks into one module's
-    forward, and Stage B trains two modules, Stage A calls three methods.
+    """Average the gradients over all processes. DistributedDataParallel would hook into the forward
+    of one module, but Stage B trains two modules and Stage A calls three methods.
     """
-    if world() == 1:
-        return
     for parameter in parameters:
-        if parameter.requires_grad:
-            if parameter.grad is None:                        # every process must join every call
+        if world() > 1 and parameter.requires_grad:
+            if parameter.grad is None:                    # every process must join every call
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
             parameter.grad /= world()
@@ -95,27 +81,23 @@ def agree(flags, tensor):
         dist.broadcast(tensor, 0)
 
 
-# ---- inside the loop -----------------------------------------------------------------------------
-
 def cooldown(config):
-    """The steps at the end over which the learning rate decays: at most the second half of a run.
-
-    So a run that is given fewer --steps than its preset still trains at the full rate first.
+    """The steps at the end over which the learning rate decays: at most the second half of a run,
+    so that one with fewer --steps than its preset still trains at the full rate first.
     """
     return min(config.cooldown, config.steps // 2)
 
 
 def learning_rate(step, config):
-    """config.lr with a linear warm-up and, over the last steps, see `cooldown`, a linear decay."""
+    """config.lr with a linear warm-up and, over the last `cooldown` steps, a linear decay."""
     return config.lr * min(1.0, (step + 1) / max(config.warmup, 1),
                            (config.steps - step) / max(cooldown(config), 1))
 
 
 @torch.no_grad()
 def ema_update(ema, model, step, limit):
-    """Move the average towards the model: decay min(limit, (1 + n) / (10 + n)) at step n.
-
-    Averages parameters. Buffers (BatchNorm statistics) are copied: they are averages already.
+    """Move the average towards the model: decay min(limit, (1 + n) / (10 + n)) at step n. Buffers
+    (BatchNorm statistics) are copied: they are averages already.
     """
     decay = min(limit, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -126,6 +108,11 @@ def ema_update(ema, model, step, limit):
 # ---- the books of a run --------------------------------------------------------------------------
 
 EDGES = (0.25, 0.5, 0.75, 1.0)                            # upper ends of the quarters of t
+# What may change when a run goes on: its length, and what is about the machine and the log. Of
+# batch_size and accumulate the product is compared. The scale of latents is measured in the run.
+MAY_CHANGE = {"batch_size", "accumulate", "steps", "cooldown", "workers", "compile",
+              "checkpoint_activations", "log_every", "preview_every", "save_every", "latent_mean",
+              "latent_std", "guidance"}
 
 
 def by_level(record):
@@ -138,18 +125,10 @@ def by_level(record):
 class Run:
     """The books of one training run: its step, its checkpoint, its log, and when to stop.
 
-        run = Run("C", config, out, device, compressor=…)   finds the checkpoint that `out` may hold
-        run.restore(model=model, optimizer=optimizer, …)    fills these from it
-        for step in run.steps():                            0, 1, … or on from there
-            …
-            run.note(t, error)                              each micro-batch, for the error by level
-            if run.finite(grad):                            take the step, or leave it out
-                …
-            run.log(loss=value, grad=grad, lr=lr)           counts the step
-            if run.due("preview"):                          on the first process alone, so nothing
-                preview(…, run.preview)                     below may wait for another process
-            if run.due("save"):
-                run.save()
+    Run(…) finds the checkpoint that `out` may hold, restore(…) fills models and optimizers from it,
+    steps() are those still to do. In a step note(…) keeps the errors of each micro-batch, finite(…)
+    says whether to take it, log(…) counts it; then due("preview") and due("save") say what is to be
+    done. They are true on the first process alone, so nothing under them may wait for another.
 
     must_match: what must be the same when the run goes on (number of samples, checksums of frozen
     networks). init_from: the file a new run takes its weights from. Raises UsageError.
@@ -159,43 +138,77 @@ class Run:
         self.stage, self.config, self.out, self.device = stage, config, Path(out), device
         self.must_match, self.parts = must_match, {}
         self.out.mkdir(parents=True, exist_ok=True)
-        self.state = checkpoint.resume(self.out / "checkpoint.pt", stage, config, device,
-                                       must_match, init_from)
-        self.new = self.state is None
-        self.step = 0 if self.new else self.state["step"]
-        self.errors, self.in_a_row, self.skipped = [], 0, 0   # not finite: steps in a row, in all
+        self.state = self.resume(init_from)
+        self.new, self.step = not self.state, self.state.get("step", 0)
+        self.in_a_row, self.skipped = 0, 0                    # not finite: steps in a row, in all
+        self.errors, self.seconds = [], []                    # since the last line; of each step
         self.asked = self.stopping = False                    # this process; all of them
         torch.manual_seed(config.seed)                        # initial weights: the same everywhere
+
+    def resume(self, init_from):
+        """-> the checkpoint of the run that goes on, {} if `out` holds none. All settings but those
+        of MAY_CHANGE, and all of must_match, must be as they were: else two runs had one name.
+        """
+        path = self.out / "checkpoint.pt"
+        found = torch.tensor(float(path.is_file()), device=self.device)
+        if world() > 1:
+            dist.all_reduce(found)
+            if found.item() not in (0, world()):
+                raise cli.UsageError(f"{path}: some processes find it and others do not; --out has "
+                                     "to be on a disk that all machines share")
+        if init_from:
+            self.say(f"{path} is there, so that run goes on; --init-from has no effect" if found
+                     else f"a new run at step 0 with the weights of {init_from}, and with nothing "
+                     "else of it: not its optimizer, schedule or place in the data")
+        if not found:
+            return {}
+        state = checkpoint.load_checkpoint(path, self.stage)
+        if not {"optimizer", "errors"} <= set(state):
+            raise cli.UsageError(f"{path}: holds weights without the state of a training, so it "
+                                 "cannot be continued; give it as --init-from with another --out "
+                                 "to begin with its weights")
+        now, then = dataclasses.asdict(self.config), dict(state["config"])
+        for settings in (now, then):
+            settings["batch-size x accumulate"] = settings["batch_size"] * settings["accumulate"]
+        pairs = [(f"--{name.replace('_', '-')}", value, then.get(name))
+                 for name, value in now.items() if name not in MAY_CHANGE]
+        pairs += [(name, value, state.get(name)) for name, value in self.must_match.items()]
+        differ = [f"{name} is {new}, was {old}" for name, new, old in pairs if new != old]
+        if differ:
+            raise cli.UsageError(f"{path}: this run was started with another configuration "
+                                 f"({'; '.join(differ)}); give the old values to go on with it, "
+                                 "or another --out to start anew")
+        self.say(f"going on from {path} at step {state['step']}")
+        return state
 
     def restore(self, **parts):
         """parts: all that must survive a stop; each has state_dict() and load_state_dict()."""
         self.parts = parts
         if not self.new:
-            for name, part in parts.items():
-                part.load_state_dict(self.state.pop(name))
-            self.errors = [tuple(one.to(self.device) for one in pair)
-                           for pair in self.state["errors"]]
+            for name, part in parts.items():                  # copied: the file is only mapped
+                part.load_state_dict(copy.deepcopy(self.state.pop(name)))
+            self.errors = [(t.to(self.device), error.to(self.device))
+                           for t, error in copy.deepcopy(self.state["errors"])]
             self.in_a_row, self.skipped = self.state["in_a_row"], self.state["skipped"]
         self.state = None                                     # its memory is needed
 
     def steps(self):
-        """The steps still to do. Ends early, after a whole step, on Ctrl-C or SIGTERM.
-
-        The random numbers of a step follow from (seed, process, step), so a run that was stopped
-        goes on as if it had not been.
+        """The steps still to do. Ctrl-C and SIGTERM end them after a whole step. The random numbers
+        of a step follow from (seed, process, step), so a run goes on as if it had not stopped.
         """
-        config = self.config
+        config, left = self.config, self.config.steps - self.step
         self.batch = config.batch_size * config.accumulate * world()
-        self.say(f"{config.steps - self.step:,} steps to go; effective batch {config.batch_size} x "
+        self.say(f"{left:,} steps to go; effective batch {config.batch_size} x "
                  f"{config.accumulate} accumulated x {world()} process(es) = {self.batch:,}, "
-                 f"{(config.steps - self.step) * self.batch:,} samples")
-        if rank() == 0:
-            self.forget_later_lines()
+                 f"{left * self.batch:,} samples")
+        path = self.out / "log.jsonl"
+        if rank() == 0 and path.exists():                     # steps after the checkpoint: cut
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if line.endswith("\n")
+                                    and json.loads(line)["step"] <= self.step))
         before = {one: signal.signal(one, self.ask) for one in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=config.steps, initial=self.step, disable=rank() != 0, unit="step",
                         smoothing=0.05, mininterval=1.0 if sys.stderr.isatty() else 15.0)
-        self.seconds, self.counted = 0.0, 0                   # of the steps since the last line
-        self.durations = []                                   # of the first steps
         try:
             for step in range(self.step, config.steps):
                 torch.manual_seed(int(np.random.SeedSequence(
@@ -212,14 +225,6 @@ class Run:
                  if self.step < config.steps else
                  f"finished; checkpoint, log and previews are in {self.out}")
 
-    def forget_later_lines(self):
-        """Cut what the log holds of steps after the checkpoint: they are done again."""
-        path = self.out / "log.jsonl"
-        if path.exists():
-            path.write_text("".join(
-                line for line in path.read_text().splitlines(keepends=True)
-                if line.endswith("\n") and json.loads(line)["step"] <= self.step))
-
     def ask(self, *_):
         """The first signal: stop after this step. A second Ctrl-C: at once."""
         self.asked = True
@@ -230,10 +235,10 @@ class Run:
         self.errors.append((t.detach(), error.detach()))
 
     def finite(self, grad):
-        """Whether to take the step. Ten gradients in a row that are not finite end the run.
+        """Whether to take the step. Ten gradients in a row that are not finite end the run. The
+        processes agree on that and on stopping; here alone a step waits for the device.
 
-        grad: the norm of the averaged gradients (scalar). Here the processes agree on stopping,
-        too, and here alone a step waits for the device.
+        grad: the norm of the averaged gradients (scalar).
         """
         flags = torch.stack([1 - torch.isfinite(grad).float(),
                              torch.full_like(grad, float(self.asked))])
@@ -243,78 +248,61 @@ class Run:
         self.in_a_row = self.in_a_row + 1 if bad else 0
         self.skipped += bad
         if self.in_a_row == 10:
-            raise UsageError(
-                f"step {self.step}: the gradient was not finite 10 times in a row; nothing was "
-                f"saved since the first of them, so {self.out}/checkpoint.pt is sound if it is "
-                "there. Try a lower --lr, a longer --warmup or a smaller --grad-clip")
+            raise cli.UsageError(f"step {self.step}: the gradient was not finite 10 times in a "
+                                 "row; nothing was saved since the first of them, so a checkpoint "
+                                 f"in {self.out} is sound. Try a lower --lr, a longer --warmup or "
+                                 "a smaller --grad-clip")
         return not bad
 
     def log(self, **numbers):
         """Count a step. Every log_every steps, and at the end: one line here and in log.jsonl."""
-        took = time.perf_counter() - self.begun
         self.step += 1
-        self.seconds, self.counted = self.seconds + took, self.counted + 1
+        self.preview = self.out / f"preview_{self.step:07d}.png"           # for its picture
+        self.seconds.append(time.perf_counter() - self.begun)
         self.bar.update()
-        if len(self.durations) < 5:                           # the first two compile, open files, …
-            self.durations.append(took)
-            if len(self.durations) == 5:
-                self.forecast(sum(self.durations[2:]) / 3)
-        if self.step % self.config.log_every and self.step < self.config.steps:
+        left, every = self.config.steps - self.step, self.config.log_every
+        if len(self.seconds) == 5:                            # the first two compile, open files, …
+            each = np.mean(self.seconds[2:])
+            unit = "GPU" if self.device.type == "cuda" else "CPU process"
+            self.say(f"a step takes {each:.2f} s (measured now), so what is left takes "
+                     f"{span(each * left)}: {each * left * world() / 3600:,.2g} {unit}-hours")
+        if self.step % every and left:
             return
-        measured = [name for name, number in numbers.items() if isinstance(number, torch.Tensor)]
-        values = torch.stack([numbers[name].detach().float() for name in measured])
+        each = np.mean(self.seconds[-((self.step - 1) % every + 1):])      # since the last line
+        tensors = {name: value for name, value in numbers.items() if torch.is_tensor(value)}
+        values = torch.stack([value.detach().float() for value in tensors.values()])
         if world() > 1:                                       # each process has those of its batch
             dist.all_reduce(values)
             values /= world()
-        numbers.update(zip(measured, values.tolist()))
-        each = self.seconds / self.counted
-        if self.errors:
-            numbers["mse_by_t"] = by_level(self.errors)       # of this process
-        self.errors, self.seconds, self.counted = [], 0.0, 0
-        if rank() == 0:
-            self.write(dict(numbers, skipped=self.skipped, images_per_s=self.batch / each),
-                       each * (self.config.steps - self.step) / 3600)
-
-    def forecast(self, seconds):
-        """Say how long the whole run takes, at so many seconds a step."""
-        hours = seconds * (self.config.steps - self.step) / 3600
-        unit = "GPU" if self.device.type == "cuda" else "CPU process"
-        self.say(f"a step takes {seconds:.2f} s (measured now), so what is left takes "
-                 f"{span(hours)}: {hours * world():,.2g} {unit}-hours")
-
-    def write(self, numbers, hours):
-        """One line on the screen, one in log.jsonl. hours: what is left."""
-        bins = "".join(f" | {edge:g} {level:.3f}"[0 if edge > EDGES[0] else 3:] for edge, level in
-                       zip(EDGES, numbers.get("mse_by_t", ())))
-        rest = "".join(f"  {name} {number:.3g}" for name, number in numbers.items()
-                       if name not in ("loss", "images_per_s", "mse_by_t"))
-        rate = numbers["images_per_s"]
-        each = f" ({rate / world():.0f} per process)" if world() > 1 else ""
-        self.bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {rate:.0f} img/s", refresh=False)
-        tqdm.write(f"step {self.step}  loss {numbers['loss']:.4f}{f'  [t<{bins}]' * bool(bins)}"
-                   f"{rest}  {rate:.0f} img/s{each}  {span(hours)} left")
-        sys.stdout.flush()
+        numbers.update(zip(tensors, values.tolist()))
+        levels = by_level(self.errors) if self.errors else []              # of this process
+        self.errors = []
+        if rank() > 0:
+            return
+        numbers["skipped"], rate = self.skipped, self.batch / each
+        bins = " | ".join(f"{edge:g} {level:.3f}" for edge, level in zip(EDGES, levels))
+        words = [f"step {self.step}", f"loss {numbers['loss']:.4f}", bins and f"[t<{bins}]",
+                 *(f"{name} {number:.3g}" for name, number in numbers.items() if name != "loss"),
+                 f"{rate:.0f} img/s" + f" ({rate / world():.0f} per process)" * (world() > 1),
+                 f"{span(each * left)} left"]
+        self.bar.set_postfix_str(f"{words[1]}, {rate:.0f} img/s", refresh=False)
+        self.say("  ".join(filter(None, words)))
+        numbers |= {"mse_by_t": levels} if levels else {}
         with open(self.out / "log.jsonl", "a") as file:       # NaN is no JSON: an empty bin is null
-            file.write(json.dumps({"step": self.step, **numbers}).replace("NaN", "null") + "\n")
+            file.write(json.dumps({"step": self.step, **numbers, "images_per_s": rate}
+                                  ).replace("NaN", "null") + "\n")
 
     def due(self, what):
-        """Whether to "preview" or to "save", on the first process: every preview_every or
-        save_every steps and at the end. A stop on request saves, too; what it draws would be a
-        preview too many. Nothing is due while gradients are not finite.
+        """Whether to "preview" or "save", on the first process: every preview_every or save_every
+        steps unless the gradient is not finite, and at the end. A stop on request saves, too.
         """
         last = self.step == self.config.steps or (what == "save" and self.stopping)
         regular = self.step % getattr(self.config, f"{what}_every") == 0 and not self.in_a_row
         return rank() == 0 and (last or regular)
 
-    @property
-    def preview(self):
-        """The file for this step's picture."""
-        return self.out / f"preview_{self.step:07d}.png"
-
     def save(self, **more):
-        """Write the checkpoint. more: what else it shall hold, or in place of what it would.
-
-        It keeps what the model (its average, where there is one) computed of a fixed input, too.
+        """Write the checkpoint. more: what else it shall hold, or in place of what it would. The
+        probe of the model, or of its average, costs what checkpoint.probe says.
         """
         model = self.parts.get("ema", self.parts.get("model"))
         checkpoint.save_checkpoint(self.out / "checkpoint.pt", {
@@ -331,9 +319,9 @@ class Run:
             sys.stdout.flush()
 
 
-def span(hours):
-    """Hours as text; below one, in minutes."""
-    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+def span(seconds):
+    """A time in hours, below one in minutes."""
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 
 # ---- the command of a stage ----------------------------------------------------------------------
@@ -348,20 +336,18 @@ PATHS = {
 
 
 def command(stage, train, Config, presets, doc, data):
-    """Run train() with what the command line gives; its parameters say which paths it takes.
-
-    stage: "a", "b" or "c". data: a function of the parsed options -> the source to train on.
+    """Run the train() of stage "a", "b" or "c" with what the command line gives; its parameters say
+    which PATHS it takes. data: a function of the parsed options -> the source to train on.
     """
     names = [name for name in inspect.signature(train).parameters if name in PATHS]
-    config, args = cli.parse(Config, presets, doc, **{
-        PATHS[name][0]: (None, PATHS[name][1]) for name in names})
-    size, _, phase = args.preset.partition("-")           # a phase finds the stages before it in
-    out = args.out or f"runs/{size}/stage_{stage}" + (f"-{phase}" if phase else "")   # its size's
-    given = {name: getattr(args, PATHS[name][0]) for name in names}
+    config, args = cli.parse(Config, presets, doc, **dict(PATHS[name] for name in names))
+    size, dash, phase = args.preset.partition("-")            # a phase stands beside its size's
+    out = args.out or f"runs/{size}/stage_{stage}{dash}{phase}"
 
     def start():
-        given.update(source=data(args), out=out)
+        given = {name: getattr(args, PATHS[name][0]) for name in names}
         for name in {"path_a", "path_b"} & set(names):
-            given[name] = given[name] or checkpoint.earlier(name[-1], out, args.preset)
-        train(config, **given)
+            given[name] = given[name] or checkpoint.checkpoint_of_earlier_stage(
+                name[-1], out, args.preset)
+        train(config, **dict(given, source=data(args), out=out))
     cli.start(start)

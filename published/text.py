@@ -2,12 +2,13 @@
 
 import json
 import os
-import pickle
 
 import torch
 
+from plumbing.checkpoint import UNREADABLE
 from plumbing.cli import UsageError
 from plumbing.text import END_OF_TEXT
+from published.weights import folder_tensors
 
 
 def size_and_pad(folder):
@@ -17,7 +18,8 @@ def size_and_pad(folder):
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
         size = {"width": config["hidden_size"], "heads": config["num_attention_heads"],
-                "layers": config["num_hidden_layers"], "length": config["max_position_embeddings"],
+                "layers": config["num_hidden_layers"],
+                "context_length": config["max_position_embeddings"],
                 "mlp_ratio": config["intermediate_size"] / config["hidden_size"]}
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{path}: expected the configuration of a CLIPTextModel, as transformers "
@@ -41,18 +43,9 @@ def size_and_pad(folder):
 
 def weights(folder):
     """The weights of a CLIPTextModel, by the names that open_clip gives them."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = os.path.join(folder, "model.safetensors")
     try:
-        if os.path.isfile(path):
-            found = load_file(path)
-        else:
-            path = os.path.join(folder, "pytorch_model.bin")
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError,
-            pickle.UnpicklingError) as error:
+        found = folder_tensors(folder, "model", "pytorch_model")
+    except UNREADABLE as error:
         raise UsageError(f"{folder}: expected a model.safetensors (or pytorch_model.bin) that can "
                          f"be read: {str(error).splitlines()[0][:160]}.") from None
     state = {}

@@ -1,6 +1,7 @@
 """Published weights, read as a checkpoint of ours and written back.
 
     a folder           config.json and diffusion_pytorch_model.safetensors, as diffusers writes them
+                       (or .bin, of float16, or in several files)
     an official .pt    of dome272/Wuerstchen: weights alone, some under names of their own
 
 Both hold the networks of the stage files, whose attribute names are those of the folders. The
@@ -12,9 +13,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from plumbing.checkpoint import UNREADABLE, read_tensors
 from plumbing.cli import UsageError
 
 CLASSES = {"A": "PaellaVQModel", "B": "WuerstchenDiffNeXt", "C": "WuerstchenPrior",
@@ -52,23 +53,47 @@ def read_folder(folder, stage):
     """
     try:
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        found = theirs.get("_class_name")
+        tensors = folder_tensors(folder, "diffusion_pytorch_model", "diffusion_pytorch_model")
+    except UNREADABLE as error:
         raise UsageError(f"{folder}: expected a folder in diffusers' layout, config.json and "
                          f"diffusion_pytorch_model.safetensors ({error})") from None
-    found = theirs.get("_class_name")
     if found != CLASSES[stage]:
         raise UsageError(f"{folder}: found a {found}, expected {CLASSES[stage]}")
     try:
         return checkpoint(stage, to_ours(stage, theirs), tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise UsageError(f"{folder}/config.json: not a {found} that can be built here (it has no "
+                         f"entry {error})") from None
+    except (TypeError, ValueError) as error:
         raise UsageError(f"{folder}/config.json: not a {found} that can be built here "
                          f"({error})") from None
 
 
+def folder_tensors(folder, safe, pickled):
+    """The weights in a folder, in files called `safe` (.safetensors) or `pickled` (.bin, of torch).
+
+    One file, or several that an index names; float16 where nothing else is there. Raises one of
+    UNREADABLE.
+    """
+    folder, tried = Path(folder), []
+    for name, suffix in ((safe, "safetensors"), (pickled, "bin")):
+        for variant in ("", ".fp16"):
+            files = [f"{name}{variant}.{suffix}"]
+            index = f"{name}.{suffix}.index{variant}.json"
+            if (folder / index).is_file():
+                named = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+                files = sorted(set(named.values()))
+            if (folder / files[0]).is_file():
+                return {key: value for file in files
+                        for key, value in read_tensors(folder / file).items()}
+            tried += files
+    raise FileNotFoundError(f"there is no {', '.join(tried)}")
+
+
 def to_ours(stage, theirs):
     """config.json -> fields of our Config; a missing entry is as in `released`, which is diffusers'
-    default, too. ValueError: a network that our stage cannot build.
+    default, too, but for embed_dim and nhead. ValueError: a network that our stage cannot build.
     """
     ours = {mine: tuple(theirs[name]) if isinstance(theirs[name], list) else theirs[name]
             for name, mine in FIELDS[stage].items() if name in theirs}
@@ -76,6 +101,12 @@ def to_ours(stage, theirs):
         ours["widths"] = (theirs["embed_dim"] // 2, theirs["embed_dim"])
     if stage == "B":
         ours["heads"] = tuple(max(0, n) for n in theirs["nhead"])
+        if isinstance(ours.get("dropout"), tuple):       # theirs may have one for each level
+            if len(set(ours["dropout"])) > 1:
+                raise ValueError(f"dropout is {theirs['dropout']}, expected one for all levels")
+            ours["dropout"] = ours["dropout"][0]
+    if ours.get("timestep_width", 4) not in range(4, 2 ** 31, 2):        # sines and cosines
+        raise ValueError(f"c_r is {theirs['c_r']}, expected an even number from 4")
     for name, value in implied(stage, ours).items():
         if theirs.get(name, value) != value:
             raise ValueError(f"{name} is {theirs[name]}, expected {value}")
@@ -87,7 +118,7 @@ def implied(stage, ours):
     if stage == "A":
         return dict(in_channels=3, out_channels=3, levels=2, up_down_scale_factor=2)
     if stage == "B":
-        return dict(kernel_size=3, c_out=ours["latent_channels"],
+        return dict(kernel_size=3, c_out=ours.get("latent_channels", 4),
                     level_config=["CTA" if n else "CT" for n in ours["heads"]],
                     inject_effnet=[n > 0 for n in ours["heads"]])
     return {}

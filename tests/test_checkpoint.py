@@ -1,5 +1,6 @@
 """Checkpoints: what they know of the code that wrote them, and those that older code wrote."""
 
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,8 +10,10 @@ from torch.testing import assert_close
 import stage_a
 import stage_b
 import stage_c
-from plumbing import checkpoint
+from plumbing import checkpoint, text, training
+from published import weights
 from test_shapes import TINY_A, TINY_B, TINY_C, shake
+from tests.common import command
 
 STAGES = {"A": (stage_a, stage_a.StageA, TINY_A), "B": (stage_b, stage_b.StageB, TINY_B),
           "C": (stage_c, stage_c.StageC, TINY_C)}
@@ -70,13 +73,74 @@ def test_probe_changes_nothing(monkeypatch):
     cannot take is empty, so that an edited model can still be saved."""
     for module, Model, config in STAGES.values():
         model = Model(config).train()
-        weights, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        state = torch.get_rng_state()
         assert len(checkpoint.probe(model)["output"]) == 16
         assert torch.equal(state, torch.get_rng_state()) and model.training
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert_close(model.state_dict(), weights, rtol=0, atol=0)
     monkeypatch.setattr(stage_c.StageC, "forward", lambda self, x_t, t, text, size: x_t)
     assert checkpoint.probe(stage_c.StageC(TINY_C)) == {}
+
+
+OVERWRITTEN = """
+import shutil, sys
+from pathlib import Path
+import torch
+import stage_a, stage_b, stage_c
+from plumbing import checkpoint, text
+from test_shapes import TINY_C
+
+folder, found = Path(sys.argv[1]), {}
+for stage, module in dict(A=stage_a, B=stage_b, C=stage_c).items():
+    found[f"{stage}.pt"] = module.load(folder / f"{stage}.pt")
+    found[f"stage_{stage.lower()}.safetensors"] = module.load(folder /
+                                                              f"stage_{stage.lower()}.safetensors")
+text.POCKET_TEXT = folder / "text.safetensors"
+found["text.safetensors"] = text.text_encoder("pocket")
+text.TEXT_ENCODERS["clip-h"] = text.TEXT_ENCODERS["pocket"]
+found["clip.pt"] = text.text_encoder("clip-h", folder / "clip.pt")
+found["vqgan/diffusion_pytorch_model.safetensors"] = stage_a.load(folder / "vqgan")
+
+class Kept:                                                 # as an optimizer, it keeps the tensors
+    def load_state_dict(self, state):
+        self.state_dict = lambda: state
+from plumbing import training
+run, kept = training.Run("C", TINY_C, folder / "run", torch.device("cpu")), Kept()
+run.restore(optimizer=kept)
+found["run/checkpoint.pt"] = kept
+
+before = {name: {key: value.clone() for key, value in model.state_dict().items()}
+          for name, model in found.items()}
+noted = run.errors[0][0].clone()
+for name in found:                                              # in place, as `cp` and rsync do it
+    size = (folder / name).stat().st_size
+    with open(folder / name, "r+b") as file:
+        file.write(b"\\x01" * size)
+for name, model in found.items():
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[name][key]), f"{name}: {key} changed with the file"
+assert torch.equal(run.errors[0][0], noted)
+for name, model in found.items():                               # and where it is shorter now
+    open(folder / name, "wb").close()
+    [value.sum() for value in model.state_dict().values()]
+run.errors[0][0].sum()
+print(len(found), "models")
+"""
+
+
+def test_overwritten_file_changes_no_model(saved, tmp_path):
+    """What was loaded stays as it is when the file is overwritten in place: none stays mapped."""
+    for name in ("stage_a", "stage_b", "stage_c", "text"):
+        shutil.copy(checkpoint.POCKET / f"{name}.safetensors", tmp_path)
+    torch.save(text.text_encoder().tower.state_dict(), tmp_path / "clip.pt")
+    weights.write_folder(tmp_path / "vqgan", *weights.to_diffusers(
+        "A", TINY_A, stage_a.StageA(TINY_A).state_dict()))
+    run = training.Run("C", TINY_C, tmp_path / "run", torch.device("cpu"))
+    run.errors = [(torch.rand(5000), torch.rand(5000))]
+    run.save(optimizer={"moment": torch.rand(5000)})
+    done = command("-c", OVERWRITTEN, tmp_path)
+    assert done.stdout.strip().endswith("10 models"), done.stdout
 
 
 def test_older_names(tmp_path):

@@ -2,13 +2,18 @@
 
 import json
 import os
+import pickle
 import shutil
+import subprocess
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import sample
@@ -60,6 +65,25 @@ def worst(found, expected):
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+def clip_tokenizer(folder):
+    """transformers' CLIPTokenizer from files in `folder`, made of the vocabulary of open_clip."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+    clip, marks = SimpleTokenizer(), {"<start_of_text>": "<|startoftext|>",
+                                      "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {marks.get(word, word): number for word, number in clip.encoder.items()}
+    merges = [" ".join(pair) for pair in sorted(clip.bpe_ranks, key=clip.bpe_ranks.get)]
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+    tokens = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>",
+                  unk_token="<|endoftext|>", pad_token="<|endoftext|>")
+    (folder / "special_tokens_map.json").write_text(json.dumps(tokens))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(dict(tokens, model_max_length=77, tokenizer_class="CLIPTokenizer")))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """(folder, networks): small random networks of diffusers and transformers, in the layout of
@@ -71,8 +95,7 @@ def published(tmp_path_factory):
         WuerstchenDiffNeXt,
         WuerstchenPrior,
     )
-    from open_clip.tokenizer import SimpleTokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
     folder = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)
     vqgan = PaellaVQModel(bottleneck_blocks=2, embed_dim=32, num_vq_embeddings=64)
@@ -87,26 +110,13 @@ def published(tmp_path_factory):
             head.weight.mul_(0.02)
             head.bias.mul_(0.02)
         vqgan.down_blocks[3][1].running_var.fill_(0.1)
-    clip = SimpleTokenizer()                       # of it the files of CLIPTokenizer
-    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {special.get(word, word): number for word, number in clip.encoder.items()}
-    merges = [" ".join(pair) for pair in sorted(clip.bpe_ranks, key=clip.bpe_ranks.get)]
     for name, width, heads in (("wuerstchen", 32, 2), ("wuerstchen-prior", 48, 3)):
         text = CLIPTextModel(CLIPTextConfig(
             vocab_size=49408, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
             num_attention_heads=heads, hidden_act="gelu", bos_token_id=49406, eos_token_id=49407))
         networks[f"text/{name}"] = shake(text, 0.3).eval()
         text.save_pretrained(folder / name / "text_encoder")
-        files = folder / name / "tokenizer"
-        files.mkdir()
-        (files / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        (files / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
-        tokens = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>",
-                      unk_token="<|endoftext|>", pad_token="<|endoftext|>")
-        (files / "special_tokens_map.json").write_text(json.dumps(tokens))
-        (files / "tokenizer_config.json").write_text(
-            json.dumps(dict(tokens, model_max_length=77, tokenizer_class="CLIPTokenizer")))
-        networks[f"tokenizer/{name}"] = CLIPTokenizer.from_pretrained(files)
+        networks[f"tokenizer/{name}"] = clip_tokenizer(folder / name / "tokenizer")
         networks[f"scheduler/{name}"] = DDPMWuerstchenScheduler()
     vqgan.save_pretrained(folder / "wuerstchen/vqgan")
     decoder.save_pretrained(folder / "wuerstchen/decoder")
@@ -193,7 +203,7 @@ def test_published_decoder_at_extreme_ratios(tmp_path, height, width):
 def test_published_text_towers(published):
     """Text tokens are those of transformers at all 77 positions, from folder and open_clip file."""
     folder, networks = published
-    captions = [*PROMPTS, "", "ünïcode café 日本  spaces ", "word " * 100]
+    captions = [*PROMPTS, "", "ünïcode café 日本  x", "word " * 100, "it’s &amp; <|endoftext|> x"]
     for name, known in (("wuerstchen", "clip-h"), ("wuerstchen-prior", "clip-bigg")):
         encoder = text_encoder(known, folder / name / "text_encoder")
         query = networks[f"tokenizer/{name}"](captions, padding="max_length", max_length=77,
@@ -329,8 +339,8 @@ except sample.UsageError as error:
 
 
 def test_wrong_published_files(published, tmp_path):
-    """A folder of another class, a missing file, weights of another size, a network that is not
-    built here: one sentence each."""
+    """A folder of another class, a missing file, code in a .bin, weights of another size, a network
+    that is not built here: one sentence each."""
     folder, _ = published
     with pytest.raises(UsageError, match="found a WuerstchenPrior, expected PaellaVQ"):
         stage_a.load(folder / "wuerstchen-prior/prior")
@@ -344,16 +354,68 @@ def test_wrong_published_files(published, tmp_path):
     shutil.copytree(folder / "wuerstchen/decoder", tmp_path / "decoder")
     path = tmp_path / "decoder/config.json"
     theirs = json.loads(path.read_text())
-    for changed, match in ((dict(theirs, kernel_size=5), "kernel_size is 5, expected 3"),
-                           (dict(theirs, inject_effnet=[True] * 4), "inject_effnet is"),
-                           ({"_class_name": theirs["_class_name"]}, "that can be built here")):
+    for changed, match in (
+            (dict(theirs, kernel_size=5), "kernel_size is 5, expected 3"),
+            (dict(theirs, inject_effnet=[True] * 4), "inject_effnet is"),
+            (dict(theirs, c_out=8), "c_out is 8, expected 4"),
+            (dict(theirs, c_r=63), "c_r is 63, expected an even number"),
+            (dict(theirs, c_r=2), "c_r is 2, expected an even number from 4"),
+            (dict(theirs, dropout=[0.0, 0.0, 0.1, 0.1]), r"dropout is \[0.0, 0.0, 0.1, 0.1\], exp"),
+            ({"_class_name": theirs["_class_name"]}, "built here .it has no entry 'nhead'")):
         path.write_text(json.dumps(changed))
         with pytest.raises(UsageError, match=match):
             stage_b.load(tmp_path / "decoder")
+    path.write_text(json.dumps(dict(theirs, dropout=[0.2] * 4)))
+    assert stage_b.load(tmp_path / "decoder").config.dropout == 0.2
+    path = tmp_path / "prior/config.json"
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), c=32, c_r=63)))
+    with pytest.raises(UsageError, match="c_r is 63, expected an even number"):
+        stage_c.load(tmp_path / "prior")
+    (tmp_path / "prior/diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "prior/diffusion_pytorch_model.bin").write_bytes(
+        pickle.dumps({"x": subprocess.Popen}, protocol=2))
+    with pytest.raises(UsageError, match="expected a folder in diffusers' layout"):
+        stage_c.load(tmp_path / "prior")
+
+
+def test_other_forms_of_published_folders(published, tmp_path):
+    """float16 variants, several files with an index, and torch's .bin load as the one file does:
+    of Stages A, B and C and of the text towers."""
+    folder, networks = published
+    parts = {"wuerstchen/vqgan": ("vqgan", stage_a.load),
+             "wuerstchen/decoder": ("decoder", stage_b.load),
+             "wuerstchen-prior/prior": ("prior", stage_c.load),
+             "wuerstchen/text_encoder": ("text/wuerstchen", partial(text_encoder, "clip-h"))}
+    forms = {"fp16": dict(variant="fp16"), "sharded": dict(max_shard_size="60KB"),
+             "fp16 sharded": dict(variant="fp16", max_shard_size="40KB")}
+    for place, (name, load) in parts.items():
+        expected = load(folder / place).state_dict()
+        for form, options in forms.items():
+            path = tmp_path / form / place
+            copy = deepcopy(networks[name]).half() if "fp16" in form else networks[name]
+            copy.save_pretrained(path, **options)
+            files = sorted(file.name for file in path.iterdir())
+            assert (len(files) > 3) == ("sharded" in form), files
+            assert all(("fp16" in file) == ("fp16" in form) for file in files if "model" in file)
+            assert_close(load(path).state_dict(), expected,
+                         **(dict(rtol=1e-3, atol=1e-3) if "fp16" in form else dict(rtol=0, atol=0)))
+        path = tmp_path / "bin" / place
+        shutil.copytree(folder / place, path)
+        safe, = path.glob("*.safetensors")
+        stem = "pytorch_model" if "text" in place else "diffusion_pytorch_model"
+        for zipped in (True, False):                           # torch's form of today, that of 2019
+            torch.save(load_file(folder / place / safe.name), path / f"{stem}.bin",
+                       _use_new_zipfile_serialization=zipped)
+            safe.unlink(missing_ok=True)
+            assert_close(load(path).state_dict(), expected, rtol=0, atol=0)
+    shards = sorted((tmp_path / "sharded/wuerstchen-prior/prior").glob("*.safetensors"))
+    shards[-1].unlink()
+    with pytest.raises(UsageError, match=f"layout.*{shards[-1].name}"):
+        stage_c.load(tmp_path / "sharded/wuerstchen-prior/prior")
 
 
 def test_export_and_back(published, tmp_path):
-    """Stages trained here run in diffusers after published.export, and load here again, unchanged."""
+    """Stages trained here run in diffusers after published.export, and load here again, equal."""
     from diffusers.pipelines.deprecated.wuerstchen import (
         PaellaVQModel,
         WuerstchenDiffNeXt,

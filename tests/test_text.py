@@ -1,7 +1,9 @@
 """The text towers: pocket's and CLIP's."""
 
+import random
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,6 +13,13 @@ from plumbing import text
 from plumbing.cli import UsageError
 from pocket import shapes, teach_text
 from tests.common import command
+from tests.test_published import clip_tokenizer
+
+
+@pytest.fixture(scope="module")
+def published_tokenizer(tmp_path_factory):
+    """transformers' CLIPTokenizer with the vocabulary that open_clip brings."""
+    return clip_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_pocket_text_encoder(encoder):
@@ -56,14 +65,14 @@ def test_bad_pocket_text_weights(tmp_path, monkeypatch):
     path = tmp_path / "text.safetensors"
     monkeypatch.setattr(text, "POCKET_TEXT", str(path))
     path.write_bytes(b"no tensors")
-    with pytest.raises(UsageError, match="text.safetensors: not a readable text tower"):
+    with pytest.raises(UsageError, match="text.safetensors: is not the text tower of pocket"):
         text.text_encoder("pocket")
     save_file({"transformer.other": torch.zeros(2)}, path)
-    with pytest.raises(UsageError, match="expected the 24 tensors"):
+    with pytest.raises(UsageError, match="expected the 24 tensors .* found 1; .*transformer.other"):
         text.text_encoder("pocket")
     name = "transformer.resblocks.0.ln_1.weight"
     save_file(taught | {name: torch.ones(64)}, path)
-    with pytest.raises(UsageError, match=rf"of {name} it has \(64,\), expected \(128,\)"):
+    with pytest.raises(UsageError, match=rf"text.safetensors: .*{name}.*\[64\].*\[128\]"):
         text.text_encoder("pocket")
 
 
@@ -71,10 +80,11 @@ def test_bad_pocket_text_weights(tmp_path, monkeypatch):
     (".safetensors", ""), (".pt", "module."), (".bin", "text.")])
 def test_clip_weights_from_a_file(tmp_path, monkeypatch, suffix, prefix):
     """Of a whole CLIP checkpoint only the text tower is read, whatever the file's form."""
+    from open_clip.tokenizer import tokenize
     from open_clip.transformer import TextTransformer
     from safetensors.torch import save_file
-    size = {"width": 16, "heads": 2, "layers": 2, "length": 77}
-    monkeypatch.setitem(text.TEXT_ENCODERS, "clip-h", {**text.TEXT_ENCODERS["clip-h"], **size})
+    size = {"width": 16, "heads": 2, "layers": 2, "context_length": 77}
+    monkeypatch.setitem(text.TEXT_ENCODERS, "clip-h", size)
     tower = TextTransformer(width=16, heads=2, layers=2, output_dim=8, output_tokens=True).eval()
     state = {prefix + k: v.half().clone() for k, v in tower.state_dict().items()}
     state |= {"visual.transformer.x": torch.zeros(3), "logit_scale": torch.tensor(1.0)}
@@ -82,7 +92,7 @@ def test_clip_weights_from_a_file(tmp_path, monkeypatch, suffix, prefix):
     save_file(state, path) if suffix == ".safetensors" else torch.save({"state_dict": state}, path)
     encoder = text.text_encoder("clip-h", weights=path)
     captions = ["a red star", ""]
-    expected = tower.half().float()(encoder.tokenizer(captions))[1]
+    expected = tower.half().float()(tokenize(captions))[1]
     for i, real in enumerate(encoder.tokens(captions)[1]):     # open_clip pads in another way
         torch.testing.assert_close(encoder(captions)[i, real], expected[i, real].detach())
     assert encoder.width == 16 and encoder.length == 77
@@ -122,11 +132,63 @@ def test_without_published(tmp_path, monkeypatch):
     for name in ("published", "published.text", "published.hub"):
         monkeypatch.setitem(sys.modules, name, None)
     text.text_encoder("pocket")
-    with pytest.raises(UsageError, match="there is no file"):
+    with pytest.raises(UsageError, match="No such file"):
         text.text_encoder("clip-h", tmp_path / "clip.safetensors")
 
 
 def test_imports_are_late():
-    """data.py and plumbing/text.py start without open_clip, torchvision and transformers."""
+    """data.py and plumbing/text.py start without open_clip, torchvision and transformers; a text
+    tower is made without the package open_clip, which takes seconds to import."""
     command("-c", "import sys, data, plumbing.text; "
-                  "assert not {'open_clip', 'torchvision', 'transformers'} & set(sys.modules)")
+                  "assert not {'open_clip', 'torchvision', 'transformers'} & set(sys.modules); "
+                  "plumbing.text.text_encoder()(['a red star']); "
+                  "assert not {'open_clip', 'transformers'} & set(sys.modules)")
+
+
+def test_tower_is_that_of_the_package(encoder):
+    """A tower whose file runs alone computes, to the bit, what open_clip's package computes."""
+    from open_clip.transformer import TextTransformer
+    tower = TextTransformer(**text.TEXT_ENCODERS["pocket"], output_dim=None)
+    tower.load_state_dict(encoder.tower.state_dict())
+    package = text.TextEncoder("pocket", tower, text.END_OF_TEXT)
+    captions = [shapes.caption(shapes.scene(i), np.random.RandomState(i)) for i in range(20)]
+    assert torch.equal(encoder(["", *captions]), package(["", *captions]))
+    assert encoder.checksum == package.checksum
+
+
+# What captions hold that tokenizers treat in different ways.
+PIECES = ["a red star", "It’s", "IT'S", "“curly” ‘quotes’", "&amp;", "&lt;b&gt; &#39;", "ﬁne ﬂuﬀ",
+          "ＦＵＬＬ １２", "<|endoftext|>", "<|startoftext|>", "!!<|endoftext|>!!",
+          "<start_of_text>", "ΟΔΟΣ", "İstanbul", "e\u0301 é", "'ſ", "Kelvin", "ñ n\u0303",
+          "日本語 テスト",
+          "٣٤ ²½ Ⅷ", "👩‍👩‍👧 🇩🇪", "\ufeff", "\u200b", "\x1c\x1d", "\x85\u2028\u00a0\u3000",
+          "\x00\x07",
+          "don't we'll I'd", "2023-01-02", "l’été à 5 €", "Ｉ’ｍ", "…", "#tag @you",
+          "_under_score_",
+          "🙂" * 5, "word " * 90]
+
+
+def test_ids_are_those_of_the_published_tokenizer(published_tokenizer):
+    """600 captions, unicode included, have the ids that transformers' CLIPTokenizer gives them."""
+    letters = [chr(code) for code in range(0x30000) if unicodedata.category(chr(code))[0] != "C"]
+    rng, captions = random.Random(0), PIECES + [a + b for a, b in zip(PIECES, PIECES[1:])]
+    while len(captions) < 600:
+        captions.append("".join(rng.choice(letters) if rng.random() < 0.5 else rng.choice(PIECES)
+                                for _ in range(rng.randint(1, 12))))
+    encoder = text.TextEncoder("clip-h", text.text_encoder().tower, text.END_OF_TEXT)
+    encoder.length = 77
+    ids, real = encoder.tokens(captions)
+    expected = published_tokenizer(captions, padding="max_length", max_length=77, truncation=True,
+                                   return_tensors="pt")
+    wrong = [one for one, mine, its in zip(captions, ids, expected.input_ids)
+             if not torch.equal(mine, its)]
+    assert not wrong, f"{len(wrong)} of {len(captions)}, such as {wrong[:3]}"
+    assert torch.equal(real, expected.attention_mask.bool())
+
+
+def test_ids_of_the_drawings_are_open_clips():
+    """The captions of the drawings have the ids of open_clip's own tokenizer."""
+    from open_clip.tokenizer import tokenize
+    captions = [shapes.caption(shapes.scene(i), np.random.RandomState(i)) for i in range(500)]
+    ids, real = text.text_encoder().tokens(captions)
+    assert torch.equal(ids * real, tokenize(captions)[:, :24])
