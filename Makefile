@@ -1,6 +1,6 @@
 # make demo      environment, then a PNG of prompts from the small weights in pocket/
 # make test      the same environment, then the tests that a change should pass: minutes
-# make test-all  all tests
+# make test-all  all tests; both in two processes of one thread each
 # make pocket    trains pocket weights from nothing: the text tower, A, the compressor, B with that
 #                compressor, C; each says after five steps how long it will take
 PYTHON ?= python3
@@ -15,10 +15,10 @@ demo: .venv/ready
 	@echo "The pictures are in demo.png: one row for each prompt, four tries."
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -m "not slow" --durations 5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --durations 5
 
 test-all: .venv/ready-dev
-	$(BIN)/python -m pytest --durations 5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 5
 
 pocket: .venv/ready
 	$(BIN)/python -m pocket.teach_text

@@ -271,6 +271,22 @@ class CaptionedLatents(CaptionedImages):
 
 # ---- Batches -------------------------------------------------------------------------------------
 
+def places(length, config, rank, world, taken=0, given=0):
+    """Endless lists of (epoch, index, step): the slices of process `rank` of the global batches.
+
+    All are full: one that begins at the end of an epoch goes on with the next. taken: samples that
+    came before; given: batches, of which a step has config.accumulate.
+    """
+    size = config.batch_size
+    first, begin = divmod(taken, length)
+    samples = ((epoch, int(index)) for epoch in itertools.count(first) for index in
+               np.random.default_rng((config.seed, epoch)).permutation(length)[
+                   begin if epoch == first else 0:])
+    for step in (given // config.accumulate for given in itertools.count(given)):
+        batch = list(itertools.islice(samples, size * world))
+        yield [(*place, step) for place in batch[rank * size:(rank + 1) * size]]
+
+
 class Stream:
     """Batches without end, from a position that a checkpoint keeps: dicts of
         images    float32 (B, 3, H, W) in [0, 1]; from a Memory instead `remembered`, its tensors
@@ -286,27 +302,15 @@ class Stream:
         self.taken, self.given = 0, 0  # samples; batches, of which a step has config.accumulate
         self.failures = FailureCounter(dataset)
 
-    def places(self):
-        """Endless lists of (epoch, index, step): this process's slices of the global batches. All
-        are full: one that begins at the end of an epoch goes on with the next.
-        """
-        length, size = len(self.dataset), self.config.batch_size
-        first, begin = divmod(self.taken, length)
-        samples = ((epoch, int(index)) for epoch in itertools.count(first) for index in
-                   np.random.default_rng((self.config.seed, epoch)).permutation(length)[
-                       begin if epoch == first else 0:])
-        for given in itertools.count(self.given):
-            batch = list(itertools.islice(samples, size * self.world))
-            yield [(*place, given // self.config.accumulate)
-                   for place in batch[self.rank * size:(self.rank + 1) * size]]
-
     def __iter__(self):
         return self
 
     def __next__(self):
         while True:
             if self.batches is None:
-                self.batches = iter(loader(self.dataset, self.places(), self.config.workers))
+                self.batches = iter(loader(self.dataset, places(
+                    len(self.dataset), self.config, self.rank, self.world, self.taken, self.given),
+                    self.config.workers))
             batch = next(self.batches)
             self.failures.note(batch)
             self.taken += self.config.batch_size * self.world

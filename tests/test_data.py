@@ -1,9 +1,11 @@
 """Pictures and captions: decoding, fitting, filters, batches, memory."""
 
+import gc
 import io
 import json
 import re
 import types
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -190,6 +192,19 @@ def test_each_sample_once_per_epoch(tmp_path, workers):
                                    torch.tensor(batch["indices"]).float())
 
 
+def test_workers_end_with_their_stream(shards):
+    """A stream that is let go ends its workers at once: no cycle keeps it until the collector."""
+    stream = data.stream(data.CaptionedImages(shards, crop=16), 2, workers=1)
+    next(stream)
+    workers = weakref.ref(stream.batches)
+    gc.disable()
+    try:
+        del stream
+        assert workers() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_across_an_epoch_border(shards, workers):
     """A stream begun at a position gives exactly the batches that would have followed."""
@@ -291,8 +306,8 @@ def test_failed_image_leaves_its_batch_smaller(tmp_path, capfd):
     failed = sum((batch["failed"] for batch in batches), [])
     assert [key for key, _ in failed] == ["000000003"] * 3 and "decoded" in failed[0][1]
     assert capfd.readouterr().err.count("000000003") == 1
-    order = sum(([index for _, index, _ in places] for places in
-                 take(data.stream(data.CaptionedImages(tmp_path), 4).places(), 2)), [])
+    config = types.SimpleNamespace(batch_size=4, accumulate=1, seed=0)
+    order = [index for batch in take(data.places(8, config, 0, 1), 2) for _, index, _ in batch]
     assert sorted(order) == list(range(8))
     assert [i for i in order if i != 3] == batches[0]["indices"] + batches[1]["indices"]
 

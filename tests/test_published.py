@@ -293,6 +293,7 @@ def test_official_files(published, tmp_path, monkeypatch):
     assert again.scale == (-1.0, 42.0)
 
 
+@pytest.mark.slow
 def test_published_command_line(published, tmp_path):
     """sample.py --weights DIR writes a PNG from published weights; without network it says how."""
     folder, _ = published
@@ -306,6 +307,7 @@ def test_published_command_line(published, tmp_path):
     assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
 
 
+@pytest.mark.slow
 def test_nothing_needs_published(drawings, tmp_path):
     """Without the folder published/ A, B and C train from nothing and are sampled from; and
     published/weights.py imports no stage.

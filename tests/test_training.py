@@ -124,6 +124,7 @@ stage_c.train(replace(stage_c.PRESETS["pocket"], **json.loads(sys.argv[1])), *sy
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_both_batches(chain, drawings, tmp_path):
     """torchrun with 2 x 2 images trains as one process with 4: same losses, same weights."""
     (tmp_path / "keyed.py").write_text(KEYED)
