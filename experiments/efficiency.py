@@ -516,7 +516,7 @@ def main():
     settings = parser.parse_args()
     settings.batches = [int(part) for part in settings.batches.split(",")]
     parts = settings.parts.split(",")
-    device, _, _ = training.setup(0)
+    device = training.setup(0)
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / "efficiency.json"
     report = json.loads(path.read_text()) if path.exists() else {}
