@@ -23,7 +23,6 @@ out, counted by reason and named; a source of which most cannot be read stops th
     python -m tools.pack my_pictures --out shards/mine     your own pictures -> shards
 """
 
-import collections
 import copy
 import io
 import itertools
@@ -300,7 +299,7 @@ class Stream:
         self.dataset, self.config, self.batches = dataset, config, None
         self.rank, self.world = training.rank(), training.world()
         self.taken, self.given = 0, 0  # samples; batches, of which a step has config.accumulate
-        self.failures = FailureCounter(dataset)
+        self.failures = tars.FailureCounter(dataset)
 
     def __iter__(self):
         return self
@@ -375,36 +374,6 @@ def to_float(batch):
     return batch
 
 
-class FailureCounter:
-    """Counts unreadable samples by reason and names each once. Stops a run in which more than half
-    of the first 1000 fail, or 1000 in a row.
-    """
-
-    def __init__(self, dataset):
-        self.source, self.trial = dataset.source, min(1000, len(dataset))
-        self.seen, self.in_a_row, self.named = 0, 0, set()
-        self.counts = collections.Counter()
-
-    def note(self, batch):
-        """Count a batch, of which `keys` and `failed` are read. Raises UsageError."""
-        on_trial = self.seen < self.trial
-        self.seen += len(batch["keys"]) + len(batch["failed"])
-        self.in_a_row = 0 if batch["keys"] else self.in_a_row + len(batch["failed"])
-        for key, failed in batch["failed"]:
-            self.counts[failed.partition(":")[0]] += 1
-            if key not in self.named:
-                self.named.add(key)
-                if len(self.named) <= 20 or len(self.named) % 1000 == 0:  # ours: no flood
-                    tqdm.write(f"{self.source}: left out {key}: {failed} "
-                               f"({len(self.named)} so far)", file=sys.stderr)
-        bad = sum(self.counts.values())
-        if (on_trial and bad > self.trial / 2) or self.in_a_row >= 1000:
-            reasons = ", ".join(f"{n} x {reason}" for reason, n in self.counts.most_common())
-            raise UsageError(f"{self.source}: {bad} of {self.seen} samples cannot be used "
-                             f"({reasons}), such as {batch['failed'][-1][0]}; expected at most "
-                             "half (python -m tools.look shows what is there).")
-
-
 # ---- Memory: what does not change while a stage trains -------------------------------------------
 
 def remember(dataset, encode, batch_size=64, workers=0, label="encode"):
@@ -412,7 +381,7 @@ def remember(dataset, encode, batch_size=64, workers=0, label="encode"):
     Stream takes in place of dataset. Images come with the crops of epoch 0, or centred where the
     dataset has center=True. Floats are kept as float16, half the memory.
     """
-    memory, failures = Memory(dataset), FailureCounter(dataset)
+    memory, failures = Memory(dataset), tars.FailureCounter(dataset)
     with tqdm(total=len(dataset), desc=label, unit="img") as bar, torch.no_grad():
         for indices, batch in batches_in_order(dataset, range(len(dataset)), batch_size, workers):
             failures.note(batch)

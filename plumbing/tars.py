@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import sys
 import tarfile
 
 from tqdm import tqdm
@@ -283,3 +284,33 @@ def list_pictures(folder, problems):
     problems += [("not in metadata.jsonl", path) for path in map(os.path.normpath, pictures)
                  if path not in listed]
     return list(files), rows
+
+
+class FailureCounter:
+    """Counts unreadable samples by reason and names each once. Stops a run in which more than half
+    of the first 1000 fail, or 1000 in a row.
+    """
+
+    def __init__(self, dataset):
+        self.source, self.trial = dataset.source, min(1000, len(dataset))
+        self.seen, self.in_a_row, self.named = 0, 0, set()
+        self.counts = collections.Counter()
+
+    def note(self, batch):
+        """Count a batch, of which `keys` and `failed` are read. Raises UsageError."""
+        on_trial = self.seen < self.trial
+        self.seen += len(batch["keys"]) + len(batch["failed"])
+        self.in_a_row = 0 if batch["keys"] else self.in_a_row + len(batch["failed"])
+        for key, failed in batch["failed"]:
+            self.counts[failed.partition(":")[0]] += 1
+            if key not in self.named:
+                self.named.add(key)
+                if len(self.named) <= 20 or len(self.named) % 1000 == 0:  # ours: no flood
+                    tqdm.write(f"{self.source}: left out {key}: {failed} "
+                               f"({len(self.named)} so far)", file=sys.stderr)
+        bad = sum(self.counts.values())
+        if (on_trial and bad > self.trial / 2) or self.in_a_row >= 1000:
+            reasons = ", ".join(f"{n} x {reason}" for reason, n in self.counts.most_common())
+            raise UsageError(f"{self.source}: {bad} of {self.seen} samples cannot be used "
+                             f"({reasons}), such as {batch['failed'][-1][0]}; expected at most "
+                             "half (python -m tools.look shows what is there).")

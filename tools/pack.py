@@ -39,7 +39,7 @@ def pack(folder, out, per_shard=1000):
     os.makedirs(part, exist_ok=True)
     for old in glob.glob(os.path.join(glob.escape(part), "*.tar*")):
         os.remove(old)
-    failures, shard, written = data.FailureCounter(dataset), [], 0
+    failures, shard, written = tars.FailureCounter(dataset), [], 0
     for index in tqdm(range(len(dataset)), desc="pack", unit="img"):
         try:
             content = dataset.bytes_of(index, 0)
