@@ -71,3 +71,21 @@ def test_prompt_accuracy_command(chain, tmp_path):
     assert report["seen"]["the drawings"]["all"]["percent"] == 100
     assert report["held out"]["C+B+A"]["all"]["of"] == 4
     assert "| C+B+A, other text in B |" in done.stdout and (tmp_path / "failures.png").exists()
+
+
+@pytest.mark.slow
+def test_ablation_of_stage_b_command(tmp_path):
+    """A variant trains, goes on where it stopped and is evaluated; another recipe is refused."""
+    def train(*settings, **options):
+        return command("-m", "experiments.ablate_b", "train", "tiny", "drawings=64", "test=8",
+                       "log_every=1", "widths=[8,16]", "heads=[0,2]", "blocks=[1,1]",
+                       f"out={tmp_path}", *settings, **options)
+    train("steps=2")
+    assert "at step 2" in train("steps=4").stdout
+    refused = train("steps=4", "loss=x0", check=False)
+    assert refused.returncode == 1 and "loss is x0, was v" in refused.stderr
+    log, results = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+                    for name in ("tiny-s0/log.jsonl", "results.jsonl"))
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert [line["steps"] for line in results] == [2, 4] and results[1]["x0 1"] > 0
+    assert (tmp_path / "tiny-s0/sheet.png").exists()
