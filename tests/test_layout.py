@@ -104,7 +104,7 @@ sys.path[:] = [one for one in sys.path if one not in ("", "{here}")]
 with open("{file}", encoding="utf-8") as file:
     above, banner, below = file.read().partition("\\n# ---- training")
 assert banner
-exec(compile(above, "{file}", "exec"), globals())
+exec(compile(above, "{file}", "exec"), globals())      # as a notebook cell would: no module
 from dataclasses import replace
 torch.manual_seed(0)
 """
