@@ -37,24 +37,32 @@ RUN = {part: f"{stage}/checkpoint.pt" for part, stage in PARTS.items()}    # wha
 POCKET = {part: checkpoint.POCKET / f"{stage}.safetensors" for part, stage in PARTS.items()}
 
 
-def find(folder, needed="abc"):
-    """A folder of weights, pocket or released -> where its parts are: {"a": path, "b": …, …}. The
-    compressor and the text encoders may be missing. Raises UsageError.
-    """
-    layouts = [RUN, {**RUN, "a": POCKET["a"]},                            # B and C trained on it
-               {**POCKET, "c": RUN["c"]},                                 # Stage C trained alone
-               {part: path.name for part, path in POCKET.items()}]
+def hub():
+    """published/hub.py; None where that folder was deleted, as nothing of ours needs it."""
     if (cli.ROOT / "published").is_dir():
         from published import hub
-        if folder == "released":
-            return hub.download()
-        layouts += hub.LAYOUTS
-    folder = checkpoint.POCKET if folder == "pocket" else Path(folder)
-    for layout in layouts:
+        return hub
+
+
+def find(weights="pocket", needed="abc", **given):
+    """A folder of weights, pocket or released -> where its parts are: {"a": path, "b": …, …}. The
+    compressor may be missing. given: paths of parts that come before. Raises UsageError.
+    """
+    folder = checkpoint.POCKET if weights == "pocket" else Path(weights)
+    given = {part: path for part, path in given.items() if path}
+    if hub():
+        given = hub().completed(weights, needed, given)
+    missing = set(needed) - set(given)
+    for layout in (RUN, {**RUN, "a": POCKET["a"]}, {**POCKET, "c": RUN["c"]},    # on pocket's A, B
+                   {part: path.name for part, path in POCKET.items()},
+                   *(hub().LAYOUTS if hub() else ())):
         paths = {part: folder / name for part, name in layout.items()
                  if (folder / name).exists() and (part != "c" or "c" in needed)}
-        if set(needed) <= set(paths) and any(folder in path.parents for path in paths.values()):
-            return paths
+        if missing <= set(paths) and (not missing or any(
+                folder in path.parents for path in paths.values())):
+            if "b" in given:                               # a compressor is that of its Stage B
+                paths.pop("compressor", None)
+            return paths | given
     raise UsageError(
         f"--weights {folder}: expected stage_a/, stage_b/ and stage_c/, each with the "
         "checkpoint.pt that training leaves; or wuerstchen/ with vqgan/ and decoder/, and "
@@ -70,23 +78,40 @@ class Chain(stage_b.Decoder):
     c: stage_c.StageC
     text_c: torch.nn.Module
 
+    def draw(self, prompts, seeds=None, size=None, steps_c=60, guidance_c=4.0, negative="",
+             steps_b=12, guidance_b=None, start=None, history_c=None, history_b=None):
+        """Prompts -> [PIL.Image], drawn at once. seeds: one for each; None: 0, 1, … size: (width,
+        height) in pixels, multiples of 128; None: as in training. The others: stage_b.draw_images.
+        """
+        seeds, side = seeds or range(len(prompts)), self.c.config.image_size
+        width, height = size or (side, side)
+        if width % 128 or height % 128:
+            raise UsageError(f"size ({width}, {height}): expected multiples of 128")
+        latents = draw_latents(self, prompts, seeds, height, width, steps_c, guidance_c, negative,
+                               history_c)
+        return [pictures.to_pil(image) for image in stage_b.draw_images(
+            self, latents, prompts, seeds, steps_b, guidance_b, start, negative, history_b)]
 
-def load_chain(a, b, c=None, compressor=None, text_b=None, text_c=None, clip=None, device="cpu"):
+
+def load_chain(a, b, c=None, compressor=None, clip=None, device="cpu"):
     """Load the stages and the text encoders that they were trained with, from the paths of `find`.
 
-    clip: weights for CLIP text encoders (plumbing/text.py), before text_b and text_c. Raises
-    UsageError: a missing file, one of another stage, stages that were not trained on each other.
+    clip: weights for CLIP text encoders that no published stage has beside it. Raises UsageError:
+    a missing file, one of another stage, stages that were not trained on each other.
     """
-    decoder = stage_b.load_decoder(a, b, compressor, clip or text_b, device)
+    decoder = stage_b.load_decoder(a, b, compressor, clip, device)
     chain = Chain(**vars(decoder), c=None, text_c=decoder.text_b)
     if c is not None:
         chain.c, known = stage_c.load(c, device), checkpoint.load_checkpoint(c, "C")
-        if "compressor" in known and known["compressor"] != checkpoint.checksum(
-                chain.compressor.state_dict()):
+        has = chain.compressor and checkpoint.checksum(chain.compressor.state_dict())
+        if known.get("compressor", has) != has:
+            fits = hub() and hub().trained_on(c)
             raise UsageError(f"{c}: trained on the latents of another compressor than the one in "
-                             f"{b}; Stage C has to be trained again when Stage B was")
+                             f"{compressor or b}; --stage-b {fits or 'has to name its own'}"
+                             + " fits" * bool(fits))
         if known.get("text_encoder") != chain.text_b.identity:
-            chain.text_c = text.known_text_encoder(c, known, "clip-bigg", clip or text_c, device,
+            clip = clip or ("released" if b == "released" else None)
+            chain.text_c = text.known_text_encoder(c, known, "clip-bigg", clip, device,
                                                    chain.c.config.text_width)
     return chain
 
@@ -100,24 +125,16 @@ def draw_latents(chain, prompts, seeds, height, width, steps=60, guidance=4.0, n
         generator=stage_b.generators(seeds), history=history)
 
 
-def draw(chain, prompts, seeds, settings, history_c=None, history_b=None):
-    """Prompts -> images (B, 3, H, W), with the settings of the command line."""
-    latents = draw_latents(chain, prompts, seeds, *settings.size[::-1], settings.steps_c,
-                           settings.guidance_c, settings.negative, history_c)
-    return stage_b.draw_images(chain, latents, prompts, seeds, settings.steps_b,
-                               settings.guidance_b, settings.start, settings.negative, history_b)
-
-
 # ---- two pictures that explain -------------------------------------------------------------------
 
 @torch.no_grad()
-def picture_of_steps(chain, prompt, settings):
+def picture_of_steps(chain, prompt, seed, how):
     """A sheet: C's latent after 1 step, 1/4 … of all (three channels); B's, decoded by A."""
     history_c, history_b = [], []
-    image = draw(chain, [prompt], [settings.seed], settings, history_c, history_b)[0]
+    image, = chain.draw([prompt], [seed], **how, history_c=history_c, history_b=history_b)
     way_c, way_b = ([way[round(quarter * (len(way) - 1) / 4)] for quarter in range(5)]
                     for way in (history_c, history_b))
-    shown = [torch.nn.functional.interpolate(pictures.latent_picture(x), image.shape[1:])[0]
+    shown = [torch.nn.functional.interpolate(pictures.latent_picture(x), image.size[::-1])[0]
              for x in way_c] + [chain.a.decode(chain.a.unstandardise(x))[0] for x in way_b]
     shares = ("the first step", "1/4", "1/2", "3/4", "all steps")
     return pictures.grid(shown, 5, [f"Stage {stage} after {share}"
@@ -129,7 +146,7 @@ def reconstruct(chain, path, prompt, settings):
     """An image through A alone, and through compressor, B and A: a sheet with the PSNRs in dB."""
     if chain.compressor is None:
         raise UsageError("--reconstruct needs the Semantic Compressor, and these weights have "
-                         "none; put warp-ai's EfficientNetEncoder/ beside wuerstchen/")
+                         "none; name one by --compressor")
     try:
         image = data.decode(Path(path).read_bytes())
     except (OSError, data.BadSample) as error:
@@ -180,8 +197,12 @@ def options():
     add = parser.add_argument
     add("prompt", nargs="*", help="one or more prompts")
     add("--prompts", metavar="FILE", help="a file with one prompt per line")
-    add("--out", metavar="PNG", default="sample.png", help="where the picture goes (sample.png)")
+    add("--out", metavar="PNG", default="sample.png", help="or a folder/, for a file per picture")
     add("--weights", default="pocket", metavar="DIR", help="or pocket (default), or released")
+    add("--stage-a", metavar="PATH", help="in place of the one in --weights; or released")
+    add("--stage-b", metavar="PATH", help="likewise, with its compressor")
+    add("--stage-c", metavar="PATH", help="likewise")
+    add("--compressor", metavar="PATH", help="likewise; where --stage-b has none")
     add("--clip", metavar="PATH", help="CLIP's weights; or a folder with clip-h… and clip-bigg…")
     add("--n", type=count, default=1, help="pictures per prompt (1)")
     add("--seed", type=int, default=0, help="seed of the first picture (0)")
@@ -208,31 +229,39 @@ def main(argv=None):
     prompts = settings.prompt + [line.strip() for line in lines if line.strip()]
     if not prompts and not settings.reconstruct:
         raise UsageError('no prompt: give one, as `python sample.py "a red star"`')
-    if not Path(settings.out).parent.is_dir():
-        raise UsageError(f"--out {settings.out}: its folder does not exist")
+    out, folder = Path(settings.out), settings.out.endswith("/") or Path(settings.out).is_dir()
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: its folder does not exist")
+    if folder:
+        out.mkdir(exist_ok=True)
 
     device = training.setup(settings.seed)
-    paths = find(settings.weights, "ab" if settings.reconstruct else "abc")
+    paths = find(settings.weights, "ab" if settings.reconstruct else "abc", a=settings.stage_a,
+                 b=settings.stage_b, c=settings.stage_c, compressor=settings.compressor)
     chain = load_chain(**paths, clip=settings.clip, device=device)
-    settings.size = settings.size or chain.c and (chain.c.config.image_size,) * 2
+    how = {name: getattr(settings, name) for name in ("size", "steps_c", "guidance_c", "negative",
+                                                      "steps_b", "guidance_b", "start")}
+    jobs, images = [prompt for prompt in prompts for _ in range(settings.n)], []
+    seeds = range(settings.seed, settings.seed + len(jobs))
     if settings.reconstruct:
-        sheet = reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)
+        images = [reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)]
     elif settings.stages:
-        sheet = picture_of_steps(chain, prompts[0], settings)
+        images = [picture_of_steps(chain, prompts[0], settings.seed, how)]
     else:
-        jobs, images = [prompt for prompt in prompts for _ in range(settings.n)], []
-        seeds = range(settings.seed, settings.seed + len(jobs))
         for first in tqdm(range(0, len(jobs), settings.batch_size), unit="batch"):
             some = slice(first, first + settings.batch_size)
-            images += draw(chain, jobs[some], seeds[some], settings).cpu()
+            images += chain.draw(jobs[some], seeds[some], **how)
+    if len(images) > 1 and not folder:
         columns = settings.n if settings.n > 1 else min(8, len(jobs))
-        sheet = (pictures.grid(images, columns, jobs) if len(jobs) > 1 else
-                 pictures.to_pil(images[0]))
+        images = [pictures.grid(images, columns, jobs)]
     about = {name: value for name, value in vars(settings).items()
-             if name not in ("prompt", "out", "clip", "batch_size")}
-    info = PngInfo()
-    info.add_itxt("parameters", json.dumps(dict(about, prompts=prompts), ensure_ascii=False))
-    sheet.save(settings.out, pnginfo=info)
+             if name not in ("prompt", "out", "clip", "batch_size")} | {"prompts": prompts}
+    for number, image in enumerate(images):
+        if len(images) > 1:
+            about |= dict(prompts=[jobs[number]], seed=seeds[number], n=1)
+        info = PngInfo()
+        info.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
+        image.save(out / f"{number:04d}.png" if folder else out, pnginfo=info)
     print(settings.out)
 
 

@@ -146,7 +146,7 @@ def new(preset, weights=None, trained=True, device="cpu"):
     A new one has ImageNet's weights (§3.1) where the preset says so. trained: False freezes it.
     """
     if preset not in PRESETS:
-        raise cli.UsageError(f"--compressor {preset}: expected one of {', '.join(PRESETS)}")
+        raise cli.UsageError(f"--compressor-preset {preset}: expected one of {', '.join(PRESETS)}")
     config = PRESETS[preset]
     if not (weights or trained):
         raise cli.UsageError("--compressor-share 0 leaves the compressor as it is: give the "
@@ -154,7 +154,7 @@ def new(preset, weights=None, trained=True, device="cpu"):
     model = load(weights) if weights else SemanticCompressor(config)
     if model.config.backbone != config.backbone:
         raise cli.UsageError(f"{weights}: its compressor has the backbone {model.config.backbone}, "
-                             f"expected {config.backbone}, as --compressor {preset} has it")
+                             f"expected {config.backbone}, as --compressor-preset {preset} has it")
     if config.imagenet and not weights:                                   # a download
         try:
             state = tv.EfficientNet_V2_S_Weights.DEFAULT.get_state_dict(progress=True)

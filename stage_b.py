@@ -65,7 +65,7 @@ class Config:
     noise_sem_t: float = 0.5           # official code (v1): t ~ U(0, 0.5)
     # data
     text_encoder: str = "clip-h"       # paper, §4
-    compressor: str = "paper"          # which of semantic_compressor.PRESETS is trained along
+    compressor_preset: str = "paper"   # which of semantic_compressor.PRESETS is trained along
     image_size: int = 512              # paper, E.2, first phase
     remember: bool = False             # encode each image and caption once and keep them in memory
     # filters by what the .json of a sample says (data.py); these values let all pass
@@ -97,15 +97,15 @@ PRESETS = {
     # the second phase of E.2, by --init-from; warmup: ours, short, as it has a new optimizer
     "paper-2": Config(image_size=1024, steps=300_000, batch_size=4, warmup=500),   # 4 x 32 = 128
     "released": Config(attend_to_sem=False, condition="raw", guidance=1.0,
-                       compressor="released"),                                         # official v2
+                       compressor_preset="released"),                                  # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(48, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
         dropout=0.0, prediction="v", weight_cap=1e4, weight_floor=0.5, t_power=1.5, guidance=2.0,
         # half of all samples see no text: captions name the colours, and a compressor that leaves
         # them to the text does not say which object has which. Few steps: less sem is lost, noised
         drop_text=0.5, drop_both=0.02, drop_sem=0.02, noise_sem=0.1,
-        text_encoder="pocket", compressor="pocket", image_size=128, remember=True, accumulate=1,
-        steps=11_000, batch_size=32, lr=2e-3, compressor_share=1 / 3, warmup=100,
+        text_encoder="pocket", compressor_preset="pocket", image_size=128, remember=True,
+        accumulate=1, steps=11_000, batch_size=32, lr=2e-3, compressor_share=1 / 3, warmup=100,
         cooldown=4000, workers=1, log_every=20, preview_every=250, save_every=100),
 }
 
@@ -493,7 +493,8 @@ def train(config, source, out, path_a, clip=None, init_from=None):
                        text_encoder=encoder.identity)
     trained = config.compressor_share > 0                  # else it stays as --init-from gave it
     compressor = semantic_compressor.new(
-        config.compressor, init_from if run.new else run.out / "checkpoint.pt", trained, device)
+        config.compressor_preset, init_from if run.new else run.out / "checkpoint.pt", trained,
+        device)
     model = StageB(config).to(device).train()
     if init_from and run.new:                                             # weights, nothing else
         model.load_state_dict(load(init_from).state_dict())
@@ -598,8 +599,12 @@ def load_decoder(a, b, compressor=None, clip=None, device="cpu"):
     """
     known = checkpoint.load_checkpoint(b, "B")
     vqgan, model = stage_a.load(a, device), load(b, device)
-    net = (semantic_compressor.load(compressor or b, device)
-           if compressor or known.get("compressor_ema") else None)
+    own = known.get("compressor_ema")
+    compressor = compressor or (b if own or b == "released" else None)
+    net = compressor and semantic_compressor.load(compressor, device)
+    if own and compressor != b and checkpoint.checksum(checkpoint.copied(own)) != (
+            checkpoint.checksum(net.state_dict())):
+        raise UsageError(f"{b}: trained with another compressor than the one in {compressor}")
     if known.get("stage_a") not in (None, checkpoint.checksum(vqgan.state_dict())):
         raise UsageError(f"{b}: trained on the latents of another Stage A than {a}; give the one "
                          "it was trained with")

@@ -23,7 +23,7 @@ Architecture and attribute names follow the published v2 prior (dome272/Wuerstch
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -92,6 +92,9 @@ PRESETS = {
         image_size=128, remember=True, steps=2000, batch_size=128, accumulate=1, lr=2e-3,
         warmup=100, cooldown=700, workers=1, log_every=20, preview_every=200, save_every=100),
 }
+# ours: the released weights go on, by --init-from; 32 x 12 is the 384 of paper-4
+PRESETS["finetune"] = replace(PRESETS["released"], image_size=1024, steps=10_000, lr=1e-5, warmup=500,
+                              batch_size=32, accumulate=12, checkpoint_activations=True)
 
 
 # ---- schedule: verbatim in stage_b.py and stage_c.py ---------------------------------------------
@@ -390,14 +393,15 @@ from plumbing import checkpoint, cli, pictures, training
 from plumbing.text import text_encoder
 
 
-def train(config, source, out, path_a, path_b, clip=None, init_from=None):
+def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_compressor=None):
     """Train on captioned images or on cached latents. Goes on by itself if `out` holds a run.
 
-    path_a: Stage A, for previews alone: may be missing. path_b: Stage B with the compressor. clip:
-    weights of the text encoder; None: the hub's. init_from: weights that a new run begins with.
+    path_compressor: None for the one in path_b. path_a, path_b: Stages A and B, else for previews
+    alone: may be missing. clip: weights of the text encoder; None: the hub's. init_from: weights
+    that a new run begins with.
     """
     device = training.setup(config.seed)
-    compressor = semantic_compressor.load(path_b, device)   # frozen: its latents are what C draws
+    compressor = semantic_compressor.load(path_compressor or path_b, device)     # frozen: C draws
     encoder = text_encoder(config.text_encoder, clip, device, config.text_width)    # frozen
     null_text = encoder([""])                                             # (1, L, E)
     dataset = training_data(config, source, compressor)
@@ -416,8 +420,10 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None):
     if config.remember:
         dataset = data.remember(dataset, targets, label="compressor latents and text tokens")
     captions = next(data.stream(dataset, 16, config.seed))["captions"]    # of the previews
-    if Path(path_a).exists():                          # fail now, not at the first preview
-        stage_b.load_decoder(path_a, path_b, clip=clip)
+    decoder = None
+    if path_b and path_a and (path_a == "released" or Path(path_a).exists()):
+        decoder = (path_a, path_b, path_compressor, clip)
+        stage_b.load_decoder(*decoder)                 # fail now, not at the first preview
 
     run = training.Run("C", config, out, device, init_from, samples=len(dataset),
                        compressor=checkpoint.checksum(compressor.state_dict()),
@@ -455,7 +461,7 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None):
         # log, preview, checkpoint
         run.log(loss=value, grad=grad, lr=lr)
         if run.due("preview"):
-            preview(ema, encoder, captions, path_a, path_b, clip, run.preview)
+            preview(ema, encoder, captions, decoder, run.preview)
         if run.due("save"):
             run.save()
 
@@ -477,15 +483,15 @@ def training_data(config, source, compressor):
 
 
 @torch.no_grad()
-def preview(model, encoder, captions, path_a, path_b, clip, path):
-    """Sixteen captions of the data at fixed noise, decoded by B and A if there is a Stage A."""
+def preview(model, encoder, captions, decoder, path):
+    """Sixteen captions of the data at fixed noise, decoded by the B and A in `decoder`'s files."""
     side, seeds = model.config.image_size * 3 // 128, range(len(captions))
     shape = (len(captions), model.config.latent_channels, side, side)
     latents = ddpm_sample(model, shape, encoder(captions), encoder([""]), steps=20,
                           generator=stage_b.generators(seeds))
     images = pictures.latent_picture(latents)
-    if Path(path_a).exists():
-        decoder = stage_b.load_decoder(path_a, path_b, clip=clip, device=latents.device)
+    if decoder:
+        decoder = stage_b.load_decoder(*decoder, device=latents.device)
         images = stage_b.draw_images(decoder, latents, captions, seeds)
     pictures.grid(images.float().cpu(), 4, captions).save(path)
 

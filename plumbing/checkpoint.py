@@ -60,8 +60,9 @@ def read_tensors(path):
 MADE_BY = {"A": "Stage A, as `python stage_a.py --data …` makes it; or name it with --stage-a",
            "B": "Stage B, as `python stage_b.py --data …` makes it; or name it with --stage-b",
            "C": "Stage C, as `python stage_c.py --data …` makes it",
-           "compressor": "Stage B with the trained Semantic Compressor, as `python stage_b.py "
-                         "--data …` makes it; or name it with --stage-b"}
+           "compressor": "the Semantic Compressor: take the published one with `--compressor "
+                         "released` (81 MB), or train it with Stages A and B, `python stage_a.py "
+                         "--data …` and `python stage_b.py --data …`; or name its file"}
 
 
 def load_checkpoint(path, stage):
@@ -70,9 +71,13 @@ def load_checkpoint(path, stage):
     ours               what save_checkpoint wrote
     a .safetensors     the small weights of the repository, written by pocket/ship.py
     a folder or .pt    of diffusers or of the official code: published/weights.py
+    released           the word: Würstchen v2 in the hub's cache, downloaded once: published/hub.py
     stage: "A", "B", "C" or "compressor", which a Stage B checkpoint holds, too. Raises UsageError,
     one sentence, if it is missing, damaged or of another stage.
     """
+    if str(path) == "released":
+        from published import hub
+        path = hub.released(stage)
     path = Path(path)
     if path.is_dir():
         from published import weights                         # for foreign files alone
@@ -95,7 +100,8 @@ def load_checkpoint(path, stage):
             for name, value in state.items()}
 
 
-RENAMED = {"head": ("prediction", {"velocity": "v"})}         # old field -> its name and values now
+RENAMED = {"head": ("prediction", {"velocity": "v"}),         # old field -> its name and values now
+           "compressor": ("compressor_preset", {})}
 
 
 def translated(config):

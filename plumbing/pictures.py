@@ -5,7 +5,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def to_pil(image):
-    """(3, H, W) float in [0, 1] -> PIL image; anything outside is clamped."""
+    """(3, H, W) float in [0, 1] -> PIL image; anything outside is clamped. PIL's own pass."""
+    if isinstance(image, Image.Image):
+        return image
     array = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(array.permute(1, 2, 0).numpy())
 

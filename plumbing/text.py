@@ -112,8 +112,12 @@ class TextEncoder(nn.Module):
 
 def known_text_encoder(path, state, published, weights, device, width):
     """The text encoder that the checkpoint `state` of `path` names, else `published`; UsageError if
-    `weights` are another one than its model was trained with.
+    `weights` are another one than its model was trained with. What is published beside the model
+    comes before `weights`.
     """
+    beside = os.path.join(os.path.dirname(path), "text_encoder")
+    if state.get("published") and (os.path.isdir(beside) or path == "released"):
+        weights = path if path == "released" else beside
     known = state.get("text_encoder", {"name": published})
     encoder = text_encoder(known["name"], weights, device, width)
     if encoder.checksum != known.get("checksum", encoder.checksum):
@@ -125,15 +129,18 @@ def known_text_encoder(path, state, published, weights, device, width):
 def text_encoder(name="pocket", weights=None, device="cpu", width=None):
     """The text encoder of that name: pocket (built in), clip-h or clip-bigg.
 
-    weights: for CLIP, None for the hub, or a local path: an open_clip checkpoint, a folder
-    text_encoder/ as transformers writes it (its size is read from config.json, its padding from the
-    folder tokenizer/ beside it), or a folder that holds either under the encoder's name.
+    weights: for CLIP, None or "released" for open_clip's or Würstchen v2's on the hub, or a local
+    path: an open_clip checkpoint, a folder text_encoder/ as transformers writes it (config.json has
+    its size, tokenizer/ beside it its padding), or a folder with either under the encoder's name.
     width: of its tokens, as the model that reads them expects it. Raises UsageError.
     """
     if name not in TEXT_ENCODERS:
         raise UsageError(f"text encoder {name!r}: expected one of {', '.join(TEXT_ENCODERS)}")
     size, pad, published = TEXT_ENCODERS[name], END_OF_TEXT, None
     weights = POCKET_TEXT if name == "pocket" else weights
+    if weights == "released":
+        from published import hub
+        weights = hub.released({"clip-h": "text_b", "clip-bigg": "text_c"}[name])
     if weights and os.path.isdir(weights):
         named = sorted(glob.glob(os.path.join(glob.escape(weights), f"{name}*")))
         weights = named[0] if named else weights

@@ -329,10 +329,11 @@ def span(seconds):
 PATHS = {
     "source": ("data", "shards or a folder of captioned images (data.py)"),
     "out": ("out", "folder of this run (default: runs/PRESET/stage_?)"),
-    "path_a": ("stage_a", "Stage A checkpoint (default: stage_a/checkpoint.pt beside --out)"),
-    "path_b": ("stage_b", "Stage B checkpoint (default: stage_b/checkpoint.pt beside --out)"),
-    "clip": ("clip", "local weights of the CLIP text encoder, file or folder (default: the hub)"),
-    "init_from": ("init_from", "a new run begins with the weights of this checkpoint (E.2, E.3)")}
+    "path_a": ("stage_a", "checkpoint, or released (default: stage_a/checkpoint.pt beside --out)"),
+    "path_b": ("stage_b", "checkpoint, or released (default: stage_b/checkpoint.pt beside --out)"),
+    "path_compressor": ("compressor", "checkpoint, or released (default: the one in --stage-b)"),
+    "clip": ("clip", "CLIP's text encoder, file or folder, or released (default: open_clip's hub)"),
+    "init_from": ("init_from", "checkpoint, or released, that a new run begins with (E.2, E.3)")}
 
 
 def command(stage, train, Config, presets, doc, data):
@@ -347,7 +348,7 @@ def command(stage, train, Config, presets, doc, data):
     def start():
         given = {name: getattr(args, PATHS[name][0]) for name in names}
         for name in {"path_a", "path_b"} & set(names):
-            given[name] = given[name] or checkpoint.checkpoint_of_earlier_stage(
-                name[-1], out, args.preset)
+            if not (given[name] or given.get("path_compressor")):
+                given[name] = checkpoint.checkpoint_of_earlier_stage(name[-1], out, args.preset)
         train(config, **dict(given, source=data(args), out=out))
     cli.start(start)

@@ -101,7 +101,7 @@ def teach(config, out):
     test, calibration = batch(range(256), "heldout", device), batch(range(256), "train", device)[0]
 
     run = training.Run("B", config, out, device)
-    compressor = semantic_compressor.new(config.compressor, device=device)
+    compressor = semantic_compressor.new(config.compressor_preset, device=device)
     head = make_head(compressor.config.latent_channels).to(device)
     ema, ema_head = (copy.deepcopy(net).eval().requires_grad_(False) for net in (compressor, head))
     untrained = stage_b.StageB(config).state_dict()

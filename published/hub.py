@@ -1,9 +1,12 @@
-"""Hugging Face's hub, and where published weights lie in a folder."""
+"""Hugging Face's hub: the word `released`, and where published weights lie in a folder."""
 
+import functools
+import hashlib
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+from plumbing import checkpoint
 from plumbing.cli import UsageError
 
 FOLDERS = dict(a="wuerstchen/vqgan", b="wuerstchen/decoder", c="wuerstchen-prior/prior",
@@ -17,33 +20,122 @@ LAYOUTS = (                                                  # as in sample.find
          c="model_v2_stage_c.pt"))
 
 
-def download():
-    """The published weights (Würstchen v2) from the hub: {"a": path, …}. About 12.5 GB, once.
+def files(part):
+    """A key of FOLDERS -> its repository on the hub and the names of its files there."""
+    repository, _, inside = FOLDERS[part].partition("/")
+    stem = "model" if "text" in part else "diffusion_pytorch_model"
+    names = [f"{inside}/{name}".lstrip("/") for name in ("config.json", f"{stem}.safetensors")]
+    names += ["tokenizer/special_tokens_map.json"] * ("text" in part)    # which token pads
+    return f"warp-ai/{repository}", names
 
-    Raises UsageError if something is neither in the hub's cache nor can be downloaded.
+
+@functools.cache
+def released(part):
+    """The folder of a part of Würstchen v2 in the hub's cache, downloaded first if it is not there.
+
+    part: a stage as plumbing.checkpoint names it, or a key of FOLDERS. Raises UsageError.
     """
+    part = part.lower()
+    repository, names = files(part)
+    try:
+        return fetch(repository, names)[0].parent
+    except (OSError, ValueError) as error:                # HfHubHTTPError is an OSError
+        raise UsageError(
+            f"released: {FOLDERS[part]}/ of warp-ai is not in the hub's cache, and it cannot be "
+            f"downloaded ({str(error).splitlines()[0]}); the same command goes on where it "
+            f"stopped, or put it into DIR/{FOLDERS[part]} and give that folder") from None
+
+
+def cached(*parts):
+    """Whether all files of these parts are in the hub's cache."""
+    return all(None not in find_cached(*files(part)) for part in parts)
+
+
+def trained_on(c):
+    """The checkpoint with the compressor that this Stage C was trained on, by its checksum: of the
+    runs beside it, of pocket/, or "released" if the hub's cache has that; else None.
+    """
+    wanted = checkpoint.load_checkpoint(c, "C").get("compressor")
+    runs = sorted(Path(c).parent.parent.glob("stage_b*/checkpoint.pt"))
+    for path in (*runs, checkpoint.POCKET / "stage_b.safetensors", "released"):
+        if path != "released" or cached("compressor"):
+            state = checkpoint.load_checkpoint(path, "compressor")
+            if checkpoint.checksum(checkpoint.copied(state["compressor_ema"])) == wanted:
+                return path
+
+
+def completed(weights, needed, given):
+    """The paths `given`, by part, completed by the word: where --weights is it, and where there is
+    a Stage C alone that was trained on the published compressor. Raises UsageError.
+    """
+    whole = dict.fromkeys((*needed, "compressor"), "released")
+    c = Path(given.get("c") or Path(weights) / "stage_c/checkpoint.pt")
+    if weights != "released":
+        if "c" not in needed or "b" in given or not c.is_file() or any(
+                Path(weights).glob("stage_b*")) or trained_on(c) != "released":
+            return given
+        if not cached("a", "b", "text_b"):
+            raise UsageError(f"{c}: trained on the published compressor; `--stage-a released "
+                             "--stage-b released` downloads the A and B that fit (8.3 GB)")
+        whole["c"] = c
+    if "b" in given:                                      # a compressor is that of its Stage B
+        del whole["compressor"]
+    return whole | given
+
+
+def find_cached(repository, names):
+    """-> the path of each file in the hub's cache, None where it is not there."""
     import huggingface_hub
-    patterns = ["*/*.json", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
-    roots = {}
-    for name in ("wuerstchen", "wuerstchen-prior"):
-        try:
-            check_hub()
-            roots[name] = huggingface_hub.snapshot_download(
-                f"warp-ai/{name}", allow_patterns=patterns)
-        except (OSError, ValueError) as offline:                          # HfHubHTTPError is one
-            try:
-                roots[name] = huggingface_hub.snapshot_download(
-                    f"warp-ai/{name}", allow_patterns=patterns, local_files_only=True)
-            except (OSError, ValueError):
-                raise UsageError(
-                    f"--weights released: not all of warp-ai/{name} is in the hub's cache, and it "
-                    f"cannot be downloaded ({str(offline).splitlines()[0]}); go online once, or "
-                    "put decoder/, vqgan/, text_encoder/ and tokenizer/ of warp-ai/wuerstchen into "
-                    "DIR/wuerstchen, prior/, text_encoder/ and tokenizer/ of "
-                    "warp-ai/wuerstchen-prior into DIR/wuerstchen-prior and give --weights DIR"
-                ) from None
-    parts = {part: name.split("/") for part, name in FOLDERS.items() if "/" in name}
-    return {part: Path(roots[repository]) / folder for part, (repository, folder) in parts.items()}
+    found = [huggingface_hub.try_to_load_from_cache(repository, name) for name in names]
+    return [Path(path) if isinstance(path, str) else None for path in found]
+
+
+def fetch(repository, names):
+    """Files of a repository -> their paths in the hub's cache, downloaded if one is not there."""
+    paths = find_cached(repository, names)
+    if None in paths:
+        check_hub()
+        paths = [download(repository, name) for name in names]
+    return paths
+
+
+def download(repository, name):
+    """One file into the hub's cache: first its name and size are printed. A stopped download goes
+    on where it stopped; what comes is kept only if size and hash are those that the hub names.
+
+    The hub's own client does neither: it begins anew in each process and compares the size alone.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.file_download import http_get, repo_folder_name
+    from huggingface_hub.utils import WeakFileLock
+    about = hub.get_hf_file_metadata(hub.hf_hub_url(repository, name))
+    blob = Path(hub.constants.HF_HUB_CACHE, repo_folder_name(
+        repo_id=repository, repo_type="model"), "blobs", about.etag)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    part = blob.with_name(f"{about.etag}.part")
+    with WeakFileLock(f"{part}.lock"):                    # one process downloads, the others wait
+        if not blob.exists():
+            here = part.stat().st_size if part.exists() else 0
+            print(f"{repository}: downloading {name}, {about.size / 1e6:,.1f} MB"
+                  + f", going on at {here / 1e6:,.1f} MB" * (here > 0), flush=True)
+            if here < about.size:
+                with open(part, "ab") as file:
+                    http_get(about.location, file, resume_size=here, expected_size=about.size)
+            if digest(part, about) != about.etag:
+                part.unlink()
+                raise ValueError(f"{name} is damaged: its hash is not the one that the hub names")
+            part.rename(blob)
+    return Path(hub.hf_hub_download(repository, name))    # names what is there
+
+
+def digest(path, about):
+    """The hash that the hub names a file by: sha256 of a large one, git's sha1 of a small one."""
+    large = len(about.etag) == 64
+    sum_of = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        while chunk := file.read(2 ** 20):
+            sum_of.update(chunk)
+    return sum_of.hexdigest()
 
 
 def check_hub():
@@ -64,13 +156,13 @@ def check_hub():
 
 def open_clip_checkpoint(model, tag):
     """-> path of the checkpoint in the hub's cache, downloaded first if it is not there."""
-    import huggingface_hub
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
+    from huggingface_hub.utils import EntryNotFoundError
+    from open_clip.pretrained import get_pretrained_cfg
 
-    config = get_pretrained_cfg(model, tag)
-    for file in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
-        found = huggingface_hub.try_to_load_from_cache(config["hf_hub"].strip("/"), file)
-        if isinstance(found, str):
-            return found
-    check_hub()
-    return download_pretrained(config)
+    repository = get_pretrained_cfg(model, tag)["hf_hub"].strip("/")
+    new, old = ["open_clip_model.safetensors"], ["open_clip_pytorch_model.bin"]
+    try:
+        paths = fetch(repository, new if None in find_cached(repository, old) else old)
+    except EntryNotFoundError:
+        paths = fetch(repository, old)
+    return str(paths[0])

@@ -58,5 +58,5 @@ def test_frozen_without_weights_is_refused(chain, drawings, tmp_path):
     with pytest.raises(UsageError, match="--compressor-share 0 leaves the compressor as it is"):
         stage_b.train(replace(TINY_B, compressor_share=0.0), drawings, tmp_path / "b", a)
     with pytest.raises(UsageError, match="backbone narrow, expected efficientnet_v2_s"):
-        stage_b.train(replace(TINY_B, compressor="paper"), drawings, tmp_path / "b", a,
+        stage_b.train(replace(TINY_B, compressor_preset="paper"), drawings, tmp_path / "b", a,
                       init_from=chain / "stage_b/checkpoint.pt")

@@ -207,8 +207,8 @@ def test_unknown_names_are_refused(chain, drawings, tmp_path, capsys):
             cli.parse(module.Config, module.PRESETS, "", [flag, "other"])
         assert re.search(f"argument {flag}: invalid choice: 'other' .choose from .*{known}",
                          capsys.readouterr().err)
-    with pytest.raises(UsageError, match="--compressor other: expected .*paper, released, pocket"):
-        stage_b.train(replace(TINY_B, compressor="other"), drawings, tmp_path / "b",
+    with pytest.raises(UsageError, match="--compressor-preset other: .*paper, released, pocket"):
+        stage_b.train(replace(TINY_B, compressor_preset="other"), drawings, tmp_path / "b",
                       chain / "stage_a/checkpoint.pt")
 
 
