@@ -492,9 +492,8 @@ def train(config, source, out, path_a, clip=None, init_from=None):
                        stage_a=checkpoint.checksum(vqgan.state_dict()),
                        text_encoder=encoder.identity)
     trained = config.compressor_share > 0                  # else it stays as --init-from gave it
-    compressor = semantic_compressor.new(
-        config.compressor_preset, init_from if run.new else run.out / "checkpoint.pt", trained,
-        device)
+    compressor = semantic_compressor.new(config.compressor_preset, init_from if run.new else
+                                         run.out / "checkpoint.pt", trained, device)
     model = StageB(config).to(device).train()
     if init_from and run.new:                                             # weights, nothing else
         model.load_state_dict(load(init_from).state_dict())

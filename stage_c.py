@@ -92,9 +92,10 @@ PRESETS = {
         image_size=128, remember=True, steps=2000, batch_size=128, accumulate=1, lr=2e-3,
         warmup=100, cooldown=700, workers=1, log_every=20, preview_every=200, save_every=100),
 }
-# ours: the released weights go on, by --init-from; 32 x 12 is the 384 of paper-4
-PRESETS["finetune"] = replace(PRESETS["released"], image_size=1024, steps=10_000, lr=1e-5, warmup=500,
-                              batch_size=32, accumulate=12, checkpoint_activations=True)
+# ours: released weights learn more, by --init-from; 32 x 12 is the 384 of paper-4
+PRESETS["finetune"] = replace(
+    PRESETS["released"], image_size=1024, steps=10_000, lr=1e-5, warmup=500, batch_size=32,
+    accumulate=12, checkpoint_activations=True)
 
 
 # ---- schedule: verbatim in stage_b.py and stage_c.py ---------------------------------------------

@@ -13,7 +13,7 @@ FOLDERS = dict(a="wuerstchen/vqgan", b="wuerstchen/decoder", c="wuerstchen-prior
                compressor="EfficientNetEncoder", text_b="wuerstchen/text_encoder",
                text_c="wuerstchen-prior/text_encoder")       # of warp-ai, as diffusers reads them
 LAYOUTS = (                                                  # as in sample.find
-    FOLDERS,
+    {part: folder for part, folder in FOLDERS.items() if "text" not in part},
     dict(a="vqgan_f4_v1_500k.pt", b="model_v2_stage_b.pt", compressor="model_v2_stage_b.pt",
          c="model_v2_stage_c_finetune_interpolation.pt"),    # official (dome272)
     dict(a="vqgan_f4_v1_500k.pt", b="model_v2_stage_b.pt", compressor="model_v2_stage_b.pt",

@@ -1,10 +1,15 @@
 """Foreign weights: diffusers' and the official formats, against diffusers itself."""
 
+import hashlib
+import http.server
 import json
 import os
 import pickle
 import shutil
 import subprocess
+import sys
+import threading
+import time
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -23,7 +28,7 @@ import stage_b
 import stage_c
 from plumbing.cli import UsageError
 from plumbing.text import text_encoder
-from published import export
+from published import export, weights
 from test_shapes import TINY_A, TINY_B, TINY_C, shake
 from tests.common import HERE, command
 
@@ -486,3 +491,107 @@ def test_released_architecture_trains_and_leaves(published, chain, drawings, tmp
     one, two = (np.asarray(Image.open(tmp_path / name)).astype(int)
                 for name in ("one.png", "two.png"))
     assert one.std() > 5 and np.abs(one - two).max() <= 1
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """A folder as the hub serves it: /warp-ai/REPOSITORY/resolve/main/FILE, in parts, with hashes.
+
+    asked: (method, file, its Range). stop_at: bytes after which a large file comes no further.
+    damage: every large file comes with another last byte than its hash says.
+    """
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.folder, self.asked, self.stop_at, self.damage = folder, [], None, False
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def environment(self, cache):
+        return {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
+                "HF_HUB_CACHE": str(cache)}
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        hub = self.server
+        repository, _, name = self.path.partition("/resolve/main/")
+        file = hub.folder / repository.removeprefix("/warp-ai/") / name
+        if not name or not file.is_file():
+            return self.send_error(404)
+        hub.asked.append((self.command, f"{file.parent.name}/{file.name}", self.headers["Range"]))
+        content, first = file.read_bytes(), int((self.headers["Range"] or "bytes=0-")[6:-1])
+        large = len(content) > 9999
+        self.send_response(206 if first else 200)
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content)
+        self.send_header("ETag", f'"{(hashlib.sha256(content) if large else git).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(content) - first))
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if self.command == "GET":
+            if large and hub.damage:
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            self.wfile.write(content[first:hub.stop_at if large else None])
+            if large and hub.stop_at:
+                time.sleep(60)
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_):
+        pass
+
+
+def write_compressor(folder):
+    """A small random compressor as warp-ai/EfficientNetEncoder has one."""
+    config = replace(semantic_compressor.PRESETS["released"], backbone="narrow")
+    net = shake(semantic_compressor.SemanticCompressor(config))
+    weights.write_folder(folder, *weights.to_diffusers("compressor", config, net.state_dict()))
+
+
+ASK = """
+from huggingface_hub import constants
+from published import hub
+
+constants.DOWNLOAD_CHUNK_SIZE = 2 ** 16            # not 10 MB, as files are small here
+print(hub.released("compressor"))
+"""
+
+
+def test_downloads(tmp_path):
+    """A download says name and size first, goes on where it was killed, is compared with the hub's
+    hash, and is not asked for again; a damaged one is refused and not kept."""
+    write_compressor(tmp_path / "hub/EfficientNetEncoder")
+    hub, name = Hub(tmp_path / "hub"), "diffusion_pytorch_model.safetensors"
+    true, env = tmp_path / "hub/EfficientNetEncoder" / name, hub.environment(tmp_path / "cache")
+    hub.stop_at = 10 ** 6
+    ask = [sys.executable, "-c", ASK]
+    first = subprocess.Popen(ask, cwd=HERE, env=env, stdout=subprocess.PIPE, text=True)
+    found, until = [], time.time() + 60
+    while not any(path.stat().st_size > 5e5 for path in found) and time.time() < until:
+        time.sleep(0.05)
+        found = [path for path in tmp_path.glob("cache/*/blobs/*.part") if len(path.stem) == 64]
+    first.kill()
+    said = first.communicate()[0]
+    assert f"downloading {name}, {true.stat().st_size / 1e6:.1f} MB" in said, said
+    here, hub.stop_at, hub.asked = found[0].stat().st_size, None, []
+    said = command(*ask[1:], env=env).stdout
+    assert f"going on at {here / 1e6:.1f} MB" in said, said
+    assert ("GET", f"EfficientNetEncoder/{name}", f"bytes={here}-") in hub.asked, hub.asked
+    folder = said.splitlines()[-1]
+    assert true.read_bytes() == open(f"{folder}/{name}", "rb").read()
+    hub.asked, hub.damage = [], True
+    done = command("-c", f"""{ASK}
+constants.HF_HUB_CACHE = {str(tmp_path / "others")!r}
+hub.released.cache_clear()
+try:
+    hub.released("compressor")
+except hub.UsageError as error:
+    print(error)
+""", env=env)
+    assert "its hash is not the one that the hub names" in done.stdout, done.stdout
+    assert [one for one in hub.asked if one[0] == "GET" and one[1].endswith(name)] == [
+        ("GET", f"EfficientNetEncoder/{name}", None)], f"what is there was asked for: {hub.asked}"
+    left = [path for path in (tmp_path / "others").glob("*/blobs/*") if len(path.stem) == 64]
+    assert not [path for path in left if path.suffix != ".lock"], f"damaged, and kept: {left}"
+    hub.shutdown()
