@@ -144,10 +144,11 @@ def test_overwritten_file_changes_no_model(saved, tmp_path):
 
 
 def test_older_names(tmp_path):
-    """A Stage B that was saved with `head` loads with `prediction`, and as the same network."""
+    """A Stage B that was saved with `head` and `compressor` loads with `prediction` and
+    `compressor_preset`, and as the same network."""
     for old, new in (("velocity", "v"), ("released", "released")):
-        config = {**asdict(TINY_B), "head": old}
-        del config["prediction"]
+        config = {**asdict(TINY_B), "head": old, "compressor": TINY_B.compressor_preset}
+        del config["prediction"], config["compressor_preset"]
         model = shake(stage_b.StageB(replace(TINY_B, prediction=new)))
         checkpoint.save_checkpoint(tmp_path / "b.pt", {
             "stage": "B", "config": config, "ema": model.state_dict()})

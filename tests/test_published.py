@@ -29,6 +29,7 @@ import stage_c
 from plumbing.cli import UsageError
 from plumbing.text import text_encoder
 from published import export, weights
+from published import hub as published_hub
 from test_shapes import TINY_A, TINY_B, TINY_C, shake
 from tests.common import HERE, command
 
@@ -558,15 +559,16 @@ print(hub.released("compressor"))
 """
 
 
-def test_downloads(tmp_path):
+def test_downloads(tmp_path, monkeypatch, capsys):
     """A download says name and size first, goes on where it was killed, is compared with the hub's
     hash, and is not asked for again; a damaged one is refused and not kept."""
+    from huggingface_hub import constants
     write_compressor(tmp_path / "hub/EfficientNetEncoder")
     hub, name = Hub(tmp_path / "hub"), "diffusion_pytorch_model.safetensors"
     true, env = tmp_path / "hub/EfficientNetEncoder" / name, hub.environment(tmp_path / "cache")
     hub.stop_at = 10 ** 6
-    ask = [sys.executable, "-c", ASK]
-    first = subprocess.Popen(ask, cwd=HERE, env=env, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen([sys.executable, "-c", ASK], cwd=HERE, env=env, text=True,
+                             stdout=subprocess.PIPE)
     found, until = [], time.time() + 60
     while not any(path.stat().st_size > 5e5 for path in found) and time.time() < until:
         time.sleep(0.05)
@@ -575,23 +577,82 @@ def test_downloads(tmp_path):
     said = first.communicate()[0]
     assert f"downloading {name}, {true.stat().st_size / 1e6:.1f} MB" in said, said
     here, hub.stop_at, hub.asked = found[0].stat().st_size, None, []
-    said = command(*ask[1:], env=env).stdout
-    assert f"going on at {here / 1e6:.1f} MB" in said, said
-    assert ("GET", f"EfficientNetEncoder/{name}", f"bytes={here}-") in hub.asked, hub.asked
-    folder = said.splitlines()[-1]
-    assert true.read_bytes() == open(f"{folder}/{name}", "rb").read()
+    url = env["HF_ENDPOINT"]
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    ask = published_hub.released.__wrapped__               # without its memory of this process
+    folder = ask("compressor")
+    said = capsys.readouterr().out
+    assert f"going on at {here / 1e6:,.1f} MB" in said, said
+    asked = [one for one in hub.asked if one[0] == "GET" and one[1].endswith(name)]
+    assert asked == [("GET", f"EfficientNetEncoder/{name}", f"bytes={here}-")], asked
+    assert true.read_bytes() == (folder / name).read_bytes()
     hub.asked, hub.damage = [], True
-    done = command("-c", f"""{ASK}
-constants.HF_HUB_CACHE = {str(tmp_path / "others")!r}
-hub.released.cache_clear()
-try:
-    hub.released("compressor")
-except hub.UsageError as error:
-    print(error)
-""", env=env)
-    assert "its hash is not the one that the hub names" in done.stdout, done.stdout
-    assert [one for one in hub.asked if one[0] == "GET" and one[1].endswith(name)] == [
-        ("GET", f"EfficientNetEncoder/{name}", None)], f"what is there was asked for: {hub.asked}"
+    assert ask("compressor") == folder and not hub.asked, f"asked for what is there: {hub.asked}"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "others"))
+    with pytest.raises(UsageError, match="its hash is not the one that the hub names"):
+        ask("compressor")
     left = [path for path in (tmp_path / "others").glob("*/blobs/*") if len(path.stem) == 64]
     assert not [path for path in left if path.suffix != ".lock"], f"damaged, and kept: {left}"
     hub.shutdown()
+
+
+@pytest.mark.slow
+def test_fine_tuning_by_the_word(published, drawings, tmp_path):
+    """The commands of docs/published.md on small networks that a local hub serves: Stage C learns
+    from the published one, previews through B and A, is sampled, mixed, exported, predicted, and
+    draws the same picture in diffusers' own pipelines."""
+    from diffusers import DiffusionPipeline
+    folder, _ = published
+    shutil.copytree(folder, tmp_path / "hub")
+    write_compressor(tmp_path / "hub/EfficientNetEncoder")
+    hub, runs, out = Hub(tmp_path / "hub"), tmp_path / "runs", tmp_path / "out"
+    run = partial(command, env=hub.environment(tmp_path / "cache"), timeout=600)
+    small = ["--width", 32, "--depth", 2, "--heads", 2, "--text-width", 48, "--image-size", 128,
+             "--steps", 20, "--warmup", 5, "--batch-size", 4, "--accumulate", 1, "--workers", 0,
+             "--preview-every", 10, "--log-every", 10, "--lr", 1e-3]
+    train = ["stage_c.py", "--data", drawings, "--preset", "finetune", "--out", runs / "stage_c",
+             *small]
+    done = run(*train, check=False)
+    assert done.returncode == 1 and not hub.asked, f"downloaded without the word: {hub.asked}"
+    assert done.stderr.index("--compressor released") < done.stderr.index("stage_a.py")
+    words = [f"--{name}=released" for name in ("init-from", "compressor", "stage-a", "stage-b",
+                                               "clip")]
+    said = run(*train, *words).stdout
+    assert "a new run at step 0 with the weights of released" in said
+    assert "warp-ai/wuerstchen-prior: downloading prior/diffusion_pytorch_model.safetensors" in said
+    hub.asked = []
+    preview = Image.open(runs / "stage_c/preview_0000020.png")
+    assert preview.width > 4 * 128, f"a preview of latents, not of pictures: {preview.size}"
+    begin, end = stage_c.load(folder / "wuerstchen-prior/prior"), stage_c.load(
+        runs / "stage_c/checkpoint.pt")
+    moved = [worst(two, one) for one, two in zip(begin.parameters(), end.parameters())]
+    assert 0 < max(moved) < 0.5, f"not trained, or not from the published weights: {max(moved)}"
+
+    quick = ["--steps-c", 4, "--steps-b", 3, "--size", "128x128"]
+    run("sample.py", PROMPTS[0], *quick, "--weights", runs, "--out", tmp_path / "1.png")
+    run("sample.py", PROMPTS[0], *quick, "--weights", "released", "--stage-c",
+            runs / "stage_c/checkpoint.pt", "--out", tmp_path / "2.png")
+    run("-m", "published.export", runs, "--out", out)
+    demo = run("-m", "experiments.predict", "--weights", runs, "--prompt", PROMPTS[0], "--width",
+               128, "--height", 128, "--steps_c", 4, "--steps_b", 3).stdout.split()
+    assert not hub.asked, f"downloaded again: {hub.asked}"
+    hub.shutdown()
+    for name in ("wuerstchen", "wuerstchen-prior"):
+        for part in ("text_encoder", "tokenizer"):
+            (out / name / part).symlink_to(folder / name / part)
+    prior, decoder = (DiffusionPipeline.from_pretrained(out / name)
+                      for name in ("wuerstchen-prior", "wuerstchen"))
+    noise = stage_b.generators([0, 2 ** 31])
+    latents = prior(PROMPTS[0], 128, 128, timesteps=torch.linspace(1, 0, 5).tolist(),
+                    guidance_scale=4.0, generator=noise[0]).image_embeddings
+    theirs = decoder(latents, PROMPTS[0], num_inference_steps=3, guidance_scale=0.0,
+                     generator=noise[1], output_type="np").images[0]
+    one = np.asarray(Image.open(tmp_path / "1.png")).astype(float)
+    assert one.std() > 5
+    for name, other in (("mixed", Image.open(tmp_path / "2.png")), ("predicted", Image.open(
+            demo[-1])), ("diffusers", 255 * theirs)):
+        off = np.abs(one - np.asarray(other)).max()
+        assert off <= 1, f"{name}: another picture than sample.py's, by up to {off} of 255"

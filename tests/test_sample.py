@@ -4,18 +4,20 @@ import json
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors import safe_open
 from torch.testing import assert_close
+from torchvision.transforms.functional import to_tensor
 
 import sample
 import stage_b
 import stage_c
-from plumbing import checkpoint
+from experiments import predict
+from plumbing import checkpoint, pictures
 from plumbing.cli import UsageError
 from pocket import ship
 from published import weights
-from tests.common import command
+from tests.common import command, same
 
 
 def test_sample_command_line(chain, tmp_path):
@@ -55,6 +57,64 @@ def test_same_seed_same_picture(chain):
         with torch.no_grad():
             return stage_b.draw_images(nets, latents, prompts, seeds, steps=2)
     assert_close(draw([3, 4, 5])[2:], draw([5]), atol=1e-3, rtol=1e-3)
+
+
+def test_draw(chain, tmp_path):
+    """Chain.draw gives the pictures of the command line, each of its own size, prompt and seed; a
+    folder as --out gets one file a picture, with that picture's prompt and seed."""
+    sample.main(["a red star", "a blue circle", "--n", "2", "--seed", "3", "--size", "256x128",
+                 "--weights", str(chain), "--steps-c", "2", "--steps-b", "2", "--out",
+                 f"{tmp_path}/new/"])
+    files = sorted((tmp_path / "new").iterdir())
+    assert [file.name for file in files] == ["0000.png", "0001.png", "0002.png", "0003.png"]
+    nets = sample.load_chain(**sample.find(chain))
+    image, = nets.draw(["a blue circle"], seeds=[5], size=(256, 128), steps_c=2, steps_b=2)
+    third = Image.open(files[2])
+    about = json.loads(third.text["parameters"])
+    assert about["prompts"] == ["a blue circle"] and about["seed"] == 5 and about["n"] == 1
+    assert image.size == third.size == (256, 128)
+    off = ImageChops.difference(image, third).getextrema()
+    assert max(high for _, high in off) <= 1, f"not the command line's picture, by {off} of 255"
+    assert [one.size for one in nets.draw(["x", "y"], steps_c=1, steps_b=1)] == [(128, 128)] * 2
+    with pytest.raises(UsageError, match="expected multiples of 128"):
+        nets.draw(["x"], size=(100, 128))
+
+
+def test_mixing(chain, tmp_path):
+    """Parts that are named come before those of --weights; a Stage B brings its compressor. What
+    does not fit is refused with the file that does."""
+    b, c = (chain / f"stage_{name}/checkpoint.pt" for name in "bc")
+    assert sample.find("released", b=b, c="") == dict(a="released", b=b, c="released")
+    assert sample.find("pocket", "ab")["compressor"] == sample.POCKET["b"]
+    mixed = sample.find("pocket", a=chain / "stage_a/checkpoint.pt", b=b, c=c)
+    nets, whole = sample.load_chain(**mixed), sample.load_chain(**sample.find(chain))
+    for part in ("a", "b", "c", "compressor"):
+        same(getattr(nets, part).state_dict(), getattr(whole, part).state_dict(), part)
+    with pytest.raises(UsageError, match=f"another compressor .*--stage-b {b} fits"):
+        sample.load_chain(**sample.find("pocket", c=c))
+    with pytest.raises(UsageError, match="trained with another compressor than the one in"):
+        sample.load_chain(**sample.find(chain, compressor=sample.POCKET["b"]))
+    (tmp_path / "stage_c").mkdir()
+    (tmp_path / "stage_c/checkpoint.pt").write_bytes(c.read_bytes())
+    with pytest.raises(UsageError, match="--stage-b has to name its own"):
+        sample.load_chain(**sample.find(tmp_path))
+
+
+def test_bfloat16():
+    """experiments/predict.py: pictures of the pocket weights in bfloat16 are within 40 dB of those
+    in float32, and Stage C, which divides, stays float32."""
+    found, kinds = [], []
+    for dtype in ("float32", "bfloat16"):
+        demo = predict.Predictor()
+        demo.setup("pocket", dtype)
+        for part, layer in (("C", demo.chain.c.out[1]), ("A", demo.chain.a.out_block[0])):
+            layer.register_forward_hook(
+                lambda _, inputs, output, part=part: kinds.append((part, output.dtype)))
+        paths = demo.predict("a red star above a blue circle", seed=3, steps_c=20, n=2)
+        found.append(torch.stack([to_tensor(Image.open(path)) for path in paths]))
+    assert set(kinds) == {("C", torch.float32), ("A", torch.float32), ("A", torch.bfloat16)}
+    psnr = pictures.psnr(*found).item()
+    assert 40 < psnr < 90, f"PSNR of bfloat16 against float32 is {psnr:.1f} dB"
 
 
 def test_sample_refuses(chain, tmp_path):

@@ -218,6 +218,7 @@ def test_missing_stage_is_explained(drawings, tmp_path):
                    "--stage-b", tmp_path / "b.pt", check=False)
     assert done.returncode == 1
     assert "Semantic Compressor" in done.stderr and "stage_b.py" in done.stderr
+    assert done.stderr.index("--compressor released") < done.stderr.index("stage_a.py")
 
 
 def test_init_from_is_not_resuming(chain, drawings, tmp_path):
