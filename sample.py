@@ -5,8 +5,6 @@
 
     python sample.py "a red star above a blue circle" --out star.png
     python sample.py --prompts prompts.txt --n 2 --seed 7 --size 256x128
-    python sample.py "a red star" --stages              the way from C's latent to the picture
-    python sample.py --reconstruct photo.png            what Stage A alone loses, and what B loses
     python sample.py "a photo of a fox" --weights released --size 1024x1024      Würstchen v2
 
 The weights are those of pocket/, small ones for the drawings of pocket/shapes.py; or a folder that
@@ -37,8 +35,7 @@ RUN = {part: f"{stage}/checkpoint.pt" for part, stage in PARTS.items()}    # wha
 POCKET = {part: checkpoint.POCKET / f"{stage}.safetensors" for part, stage in PARTS.items()}
 
 
-def hub():
-    """published/hub.py; None where that folder was deleted, as nothing of ours needs it."""
+def hub():                             # None where published/ was deleted: ours needs nothing of it
     if (cli.ROOT / "published").is_dir():
         from published import hub
         return hub
@@ -52,22 +49,19 @@ def find(weights="pocket", needed="abc", **given):
     given = {part: path for part, path in given.items() if path}
     if hub():
         given = hub().completed(weights, needed, given)
-    missing = set(needed) - set(given)
     for layout in (RUN, {**RUN, "a": POCKET["a"]}, {**POCKET, "c": RUN["c"]},    # on pocket's A, B
                    {part: path.name for part, path in POCKET.items()},
                    *(hub().LAYOUTS if hub() else ())):
         paths = {part: folder / name for part, name in layout.items()
-                 if (folder / name).exists() and (part != "c" or "c" in needed)}
-        if missing <= set(paths) and (not missing or any(
+                 if (folder / name).exists() and (
+                     part in needed or part == "compressor" and "b" not in given)}
+        if set(needed) <= {*paths, *given} and (set(needed) <= set(given) or any(
                 folder in path.parents for path in paths.values())):
-            if "b" in given:                               # a compressor is that of its Stage B
-                paths.pop("compressor", None)
             return paths | given
     raise UsageError(
-        f"--weights {folder}: expected stage_a/, stage_b/ and stage_c/, each with the "
-        "checkpoint.pt that training leaves; or wuerstchen/ with vqgan/ and decoder/, and "
-        "wuerstchen-prior/ with prior/, as diffusers writes them; or the official files "
-        "vqgan_f4_v1_500k.pt, model_v2_stage_b.pt and model_v2_stage_c.pt")
+        f"--weights {folder}: expected stage_a/, stage_b/, stage_c/, each with the checkpoint.pt "
+        "that training leaves; or wuerstchen/ and wuerstchen-prior/, as diffusers writes them; or "
+        "the official vqgan_f4_v1_500k.pt, model_v2_stage_b.pt and model_v2_stage_c.pt")
 
 
 # ---- the chain -----------------------------------------------------------------------------------
@@ -105,10 +99,9 @@ def load_chain(a, b, c=None, compressor=None, clip=None, device="cpu"):
         chain.c, known = stage_c.load(c, device), checkpoint.load_checkpoint(c, "C")
         has = chain.compressor and checkpoint.checksum(chain.compressor.state_dict())
         if known.get("compressor", has) != has:
-            fits = hub() and hub().trained_on(c)
+            fits = hub() and hub().trained_on(c) or "of its own training"
             raise UsageError(f"{c}: trained on the latents of another compressor than the one in "
-                             f"{compressor or b}; --stage-b {fits or 'has to name its own'}"
-                             + " fits" * bool(fits))
+                             f"{compressor or b}; the --stage-b {fits} fits")
         if known.get("text_encoder") != chain.text_b.identity:
             clip = clip or ("released" if b == "released" else None)
             chain.text_c = text.known_text_encoder(c, known, "clip-bigg", clip, device,
@@ -230,10 +223,7 @@ def main(argv=None):
     if not prompts and not settings.reconstruct:
         raise UsageError('no prompt: give one, as `python sample.py "a red star"`')
     out, folder = Path(settings.out), settings.out.endswith("/") or Path(settings.out).is_dir()
-    if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: its folder does not exist")
-    if folder:
-        out.mkdir(exist_ok=True)
+    (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
 
     device = training.setup(settings.seed)
     paths = find(settings.weights, "ab" if settings.reconstruct else "abc", a=settings.stage_a,
@@ -252,8 +242,7 @@ def main(argv=None):
             some = slice(first, first + settings.batch_size)
             images += chain.draw(jobs[some], seeds[some], **how)
     if len(images) > 1 and not folder:
-        columns = settings.n if settings.n > 1 else min(8, len(jobs))
-        images = [pictures.grid(images, columns, jobs)]
+        images = [pictures.grid(images, settings.n if settings.n > 1 else min(8, len(jobs)), jobs)]
     about = {name: value for name, value in vars(settings).items()
              if name not in ("prompt", "out", "clip", "batch_size")} | {"prompts": prompts}
     for number, image in enumerate(images):

@@ -599,10 +599,8 @@ def load_decoder(a, b, compressor=None, clip=None, device="cpu"):
     known = checkpoint.load_checkpoint(b, "B")
     vqgan, model = stage_a.load(a, device), load(b, device)
     own = known.get("compressor_ema")
-    compressor = compressor or (b if own or b == "released" else None)
-    net = compressor and semantic_compressor.load(compressor, device)
-    if own and compressor != b and checkpoint.checksum(checkpoint.copied(own)) != (
-            checkpoint.checksum(net.state_dict())):
+    net = semantic_compressor.load(compressor or b, device) if compressor or own else None
+    if own and checkpoint.checksum(checkpoint.copied(own)) != checkpoint.checksum(net.state_dict()):
         raise UsageError(f"{b}: trained with another compressor than the one in {compressor}")
     if known.get("stage_a") not in (None, checkpoint.checksum(vqgan.state_dict())):
         raise UsageError(f"{b}: trained on the latents of another Stage A than {a}; give the one "

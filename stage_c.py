@@ -92,8 +92,7 @@ PRESETS = {
         image_size=128, remember=True, steps=2000, batch_size=128, accumulate=1, lr=2e-3,
         warmup=100, cooldown=700, workers=1, log_every=20, preview_every=200, save_every=100),
 }
-# ours: released weights learn more, by --init-from; 32 x 12 is the 384 of paper-4
-PRESETS["finetune"] = replace(
+PRESETS["finetune"] = replace(         # ours: released weights go on; 32 x 12 is paper-4's 384
     PRESETS["released"], image_size=1024, steps=10_000, lr=1e-5, warmup=500, batch_size=32,
     accumulate=12, checkpoint_activations=True)
 
@@ -397,12 +396,11 @@ from plumbing.text import text_encoder
 def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_compressor=None):
     """Train on captioned images or on cached latents. Goes on by itself if `out` holds a run.
 
-    path_compressor: None for the one in path_b. path_a, path_b: Stages A and B, else for previews
-    alone: may be missing. clip: weights of the text encoder; None: the hub's. init_from: weights
-    that a new run begins with.
+    path_compressor: else path_b's. path_a, path_b: Stages A and B, for previews; may be missing.
+    clip: weights of the text encoder; None: the hub's. init_from: weights a new run begins with.
     """
     device = training.setup(config.seed)
-    compressor = semantic_compressor.load(path_compressor or path_b, device)     # frozen: C draws
+    compressor = semantic_compressor.load(path_compressor or path_b, device)     # frozen
     encoder = text_encoder(config.text_encoder, clip, device, config.text_width)    # frozen
     null_text = encoder([""])                                             # (1, L, E)
     dataset = training_data(config, source, compressor)

@@ -60,26 +60,22 @@ def read_tensors(path):
 MADE_BY = {"A": "Stage A, as `python stage_a.py --data …` makes it; or name it with --stage-a",
            "B": "Stage B, as `python stage_b.py --data …` makes it; or name it with --stage-b",
            "C": "Stage C, as `python stage_c.py --data …` makes it",
-           "compressor": "the Semantic Compressor: take the published one with `--compressor "
-                         "released` (81 MB), or train it with Stages A and B, `python stage_a.py "
-                         "--data …` and `python stage_b.py --data …`; or name its file"}
+           "compressor": "the Semantic Compressor: take `--compressor released` (81 MB), or train "
+                         "it by `python stage_a.py --data …` and `python stage_b.py --data …`"}
 
 
 def load_checkpoint(path, stage):
-    """Read a checkpoint as `read_tensors` does. Four forms, one result, a dict:
+    """Read a checkpoint as `read_tensors` does. Several forms, one result, a dict:
 
     ours               what save_checkpoint wrote
     a .safetensors     the small weights of the repository, written by pocket/ship.py
     a folder or .pt    of diffusers or of the official code: published/weights.py
-    released           the word: Würstchen v2 in the hub's cache, downloaded once: published/hub.py
+    "released"         Würstchen v2 in the hub's cache, downloaded once: published/hub.py
     stage: "A", "B", "C" or "compressor", which a Stage B checkpoint holds, too. Raises UsageError,
     one sentence, if it is missing, damaged or of another stage.
     """
-    if str(path) == "released":
-        from published import hub
-        path = hub.released(stage)
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() or str(path) == "released":
         from published import weights                         # for foreign files alone
         return weights.read_folder(path, stage)
     if not path.is_file():
@@ -100,12 +96,11 @@ def load_checkpoint(path, stage):
             for name, value in state.items()}
 
 
-RENAMED = {"head": ("prediction", {"velocity": "v"}),         # old field -> its name and values now
-           "compressor": ("compressor_preset", {})}
+RENAMED = {"head": ("prediction", {"velocity": "v"}), "compressor": ("compressor_preset", {})}
 
 
 def translated(config):
-    """The config of an older checkpoint, or one from JSON, with the names and types of today."""
+    """An older config, or one from JSON, with the names (RENAMED) and types of today."""
     out = {}
     for name, value in config.items():
         name, values = RENAMED.get(name, (name, {}))

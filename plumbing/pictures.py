@@ -5,16 +5,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def to_pil(image):
-    """(3, H, W) float in [0, 1] -> PIL image; anything outside is clamped. PIL's own pass."""
-    if isinstance(image, Image.Image):
-        return image
+    """(3, H, W) float in [0, 1] -> PIL image; anything outside is clamped."""
     array = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(array.permute(1, 2, 0).numpy())
 
 
 def grid(images, columns, captions=None, scale=1):
-    """Put pictures (3, H, W) on a sheet, row by row; a caption stands below its picture."""
-    images = [to_pil(image) for image in images]
+    """Put pictures, (3, H, W) or PIL's, on a sheet, row by row; a caption stands below each."""
+    images = [image if isinstance(image, Image.Image) else to_pil(image) for image in images]
     width, height = (side * scale for side in images[0].size)
     font, line = ImageFont.load_default(11), 13
     texts = [wrap(text, width, font) for text in captions or [""] * len(images)]

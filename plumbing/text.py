@@ -112,14 +112,10 @@ class TextEncoder(nn.Module):
 
 def known_text_encoder(path, state, published, weights, device, width):
     """The text encoder that the checkpoint `state` of `path` names, else `published`; UsageError if
-    `weights` are another one than its model was trained with. What is published beside the model
-    comes before `weights`.
+    `weights` are another than its model was trained with. One published beside it comes first.
     """
-    beside = os.path.join(os.path.dirname(path), "text_encoder")
-    if state.get("published") and (os.path.isdir(beside) or path == "released"):
-        weights = path if path == "released" else beside
     known = state.get("text_encoder", {"name": published})
-    encoder = text_encoder(known["name"], weights, device, width)
+    encoder = text_encoder(known["name"], state.get("text_beside") or weights, device, width)
     if encoder.checksum != known.get("checksum", encoder.checksum):
         raise UsageError(f"{path}: trained with another text encoder {encoder.name} (sha256 "
                          f"{known['checksum'][:12]}) than this one ({encoder.checksum[:12]})")
@@ -140,7 +136,7 @@ def text_encoder(name="pocket", weights=None, device="cpu", width=None):
     weights = POCKET_TEXT if name == "pocket" else weights
     if weights == "released":
         from published import hub
-        weights = hub.released({"clip-h": "text_b", "clip-bigg": "text_c"}[name])
+        weights = hub.released(name)
     if weights and os.path.isdir(weights):
         named = sorted(glob.glob(os.path.join(glob.escape(weights), f"{name}*")))
         weights = named[0] if named else weights

@@ -52,12 +52,16 @@ def export(chain, folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m published.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="a folder of weights, as sample.py takes it")
+    parser.add_argument("weights", help="a folder of weights, pocket or released, as in sample.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="where they are written")
-    parser.add_argument("--clip", metavar="PATH", help="local weights of the CLIP text encoders")
+    for part in ("--stage-a", "--stage-b", "--stage-c", "--compressor"):
+        parser.add_argument(part, metavar="PATH", help="in place of the one in weights; or released")
+    parser.add_argument("--clip", metavar="PATH", help="weights of the CLIP text encoders")
     settings = parser.parse_args(argv)
     import sample
-    chain = sample.load_chain(**sample.find(settings.weights), clip=settings.clip)
+    paths = sample.find(settings.weights, a=settings.stage_a, b=settings.stage_b,
+                        c=settings.stage_c, compressor=settings.compressor)
+    chain = sample.load_chain(**paths, clip=settings.clip)
     export(chain, settings.out)
     print(f"{settings.out}: wuerstchen/ and wuerstchen-prior/, as diffusers reads them")
 

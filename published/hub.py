@@ -9,11 +9,13 @@ from pathlib import Path
 from plumbing import checkpoint
 from plumbing.cli import UsageError
 
+# of warp-ai, as diffusers reads them
 FOLDERS = dict(a="wuerstchen/vqgan", b="wuerstchen/decoder", c="wuerstchen-prior/prior",
-               compressor="EfficientNetEncoder", text_b="wuerstchen/text_encoder",
-               text_c="wuerstchen-prior/text_encoder")       # of warp-ai, as diffusers reads them
+               compressor="EfficientNetEncoder",
+               **{"clip-h": "wuerstchen/text_encoder",
+                  "clip-bigg": "wuerstchen-prior/text_encoder"})
 LAYOUTS = (                                                  # as in sample.find
-    {part: folder for part, folder in FOLDERS.items() if "text" not in part},
+    {part: folder for part, folder in FOLDERS.items() if "clip" not in part},
     dict(a="vqgan_f4_v1_500k.pt", b="model_v2_stage_b.pt", compressor="model_v2_stage_b.pt",
          c="model_v2_stage_c_finetune_interpolation.pt"),    # official (dome272)
     dict(a="vqgan_f4_v1_500k.pt", b="model_v2_stage_b.pt", compressor="model_v2_stage_b.pt",
@@ -23,9 +25,9 @@ LAYOUTS = (                                                  # as in sample.find
 def files(part):
     """A key of FOLDERS -> its repository on the hub and the names of its files there."""
     repository, _, inside = FOLDERS[part].partition("/")
-    stem = "model" if "text" in part else "diffusion_pytorch_model"
+    stem = "model" if "clip" in part else "diffusion_pytorch_model"
     names = [f"{inside}/{name}".lstrip("/") for name in ("config.json", f"{stem}.safetensors")]
-    names += ["tokenizer/special_tokens_map.json"] * ("text" in part)    # which token pads
+    names += ["tokenizer/special_tokens_map.json"] * ("clip" in part)    # which token pads
     return f"warp-ai/{repository}", names
 
 
@@ -33,7 +35,7 @@ def files(part):
 def released(part):
     """The folder of a part of Würstchen v2 in the hub's cache, downloaded first if it is not there.
 
-    part: a stage as plumbing.checkpoint names it, or a key of FOLDERS. Raises UsageError.
+    part: a key of FOLDERS, or a stage as plumbing/checkpoint.py names it. Raises UsageError.
     """
     part = part.lower()
     repository, names = files(part)
@@ -71,10 +73,10 @@ def completed(weights, needed, given):
     whole = dict.fromkeys((*needed, "compressor"), "released")
     c = Path(given.get("c") or Path(weights) / "stage_c/checkpoint.pt")
     if weights != "released":
-        if "c" not in needed or "b" in given or not c.is_file() or any(
-                Path(weights).glob("stage_b*")) or trained_on(c) != "released":
+        if (weights == "pocket" or "c" not in needed or "b" in given or not c.is_file()
+                or any(Path(weights).glob("stage_b*")) or trained_on(c) != "released"):
             return given
-        if not cached("a", "b", "text_b"):
+        if not cached("a", "b", "clip-h"):
             raise UsageError(f"{c}: trained on the published compressor; `--stage-a released "
                              "--stage-b released` downloads the A and B that fit (8.3 GB)")
         whole["c"] = c

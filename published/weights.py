@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from plumbing.checkpoint import UNREADABLE, read_tensors
 from plumbing.cli import UsageError
+from published import hub
 
 CLASSES = {"A": "PaellaVQModel", "B": "WuerstchenDiffNeXt", "C": "WuerstchenPrior",
            "compressor": "EfficientNetEncoder"}
@@ -47,10 +48,16 @@ def checkpoint(stage, config, tensors, compressor=None):
 
 
 def read_folder(folder, stage):
-    """A folder in diffusers' layout -> a checkpoint of ours. stage: "A", "B", "C", "compressor".
+    """A folder in diffusers' layout, or the word "released" -> a checkpoint of ours. Where Stage
+    B's folder has EfficientNetEncoder/ near it, that compressor is in the checkpoint, too.
 
-    Raises UsageError: files missing or damaged, another class, or a network that is not built here.
+    stage: "A", "B", "C", "compressor". Raises UsageError: files missing or damaged, another class,
+    or a network that is not built here.
     """
+    word = str(folder) == "released"
+    near = folder if word else folder.parent.parent / "EfficientNetEncoder"
+    beside = folder if word else folder.parent / "text_encoder"
+    folder = hub.released(stage) if word else folder
     try:
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = theirs.get("_class_name")
@@ -58,10 +65,15 @@ def read_folder(folder, stage):
     except UNREADABLE as error:
         raise UsageError(f"{folder}: expected a folder in diffusers' layout, config.json and "
                          f"diffusion_pytorch_model.safetensors ({error})") from None
+    has = word or near.is_dir()
+    if stage == "compressor" and found == CLASSES["B"] and has:
+        return read_folder(near, stage)
     if found != CLASSES[stage]:
         raise UsageError(f"{folder}: found a {found}, expected {CLASSES[stage]}")
+    compressor = read_folder(near, "compressor")["compressor_ema"] if stage == "B" and has else None
     try:
-        return checkpoint(stage, to_ours(stage, theirs), tensors)
+        return dict(checkpoint(stage, to_ours(stage, theirs), tensors, compressor),
+                    text_beside=str(beside) if word or beside.is_dir() else None)
     except KeyError as error:
         raise UsageError(f"{folder}/config.json: not a {found} that can be built here (it has no "
                          f"entry {error})") from None

@@ -24,6 +24,6 @@ FLOORS = {
     "pocket/shapes.py": {"plumbing"},
 }
 LAZY = {                               # foreign formats, read when such a file is given
-    "plumbing/checkpoint.py": {"published.hub", "published.weights"},
+    "plumbing/checkpoint.py": {"published.weights"},
     "plumbing/text.py": {"published.hub", "published.text"},
     "sample.py": {"published.hub"}, "published/export.py": {"sample"}}

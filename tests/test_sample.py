@@ -90,13 +90,13 @@ def test_mixing(chain, tmp_path):
     nets, whole = sample.load_chain(**mixed), sample.load_chain(**sample.find(chain))
     for part in ("a", "b", "c", "compressor"):
         same(getattr(nets, part).state_dict(), getattr(whole, part).state_dict(), part)
-    with pytest.raises(UsageError, match=f"another compressor .*--stage-b {b} fits"):
+    with pytest.raises(UsageError, match=f"another compressor .*the --stage-b {b} fits"):
         sample.load_chain(**sample.find("pocket", c=c))
     with pytest.raises(UsageError, match="trained with another compressor than the one in"):
         sample.load_chain(**sample.find(chain, compressor=sample.POCKET["b"]))
     (tmp_path / "stage_c").mkdir()
     (tmp_path / "stage_c/checkpoint.pt").write_bytes(c.read_bytes())
-    with pytest.raises(UsageError, match="--stage-b has to name its own"):
+    with pytest.raises(UsageError, match="--stage-b of its own training fits"):
         sample.load_chain(**sample.find(tmp_path))
 
 
