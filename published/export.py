@@ -55,7 +55,7 @@ def main(argv=None):
     parser.add_argument("weights", help="a folder of weights, pocket or released, as in sample.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="where they are written")
     for part in ("--stage-a", "--stage-b", "--stage-c", "--compressor"):
-        parser.add_argument(part, metavar="PATH", help="in place of the one in weights; or released")
+        parser.add_argument(part, metavar="PATH", help="before that of weights; or released")
     parser.add_argument("--clip", metavar="PATH", help="weights of the CLIP text encoders")
     settings = parser.parse_args(argv)
     import sample

@@ -93,10 +93,10 @@ def test_commands_of_the_pages_exist(page):
             continue
         source = "".join((ROOT / path).read_text(encoding="utf-8")
                          for path in (script, "plumbing/cli.py", "plumbing/training.py"))
-        for flag in rest:                          # in the source: "--flag", or a field of Config
+        for flag in rest:             # in the source: "--flag", a field of Config, or one of PATHS
             field = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
             if flag.startswith("--") and f'"{flag}"' not in source and not re.search(
-                    rf"\b{field}\s*[:=]", source):
+                    rf'\b{field}\s*[:=]|"{field}"', source):
                 wrong.append(f"{script} has no {flag}: {' '.join(words)}")
     assert not wrong, f"{name_of(page)}:\n" + "\n".join(wrong)
 
