@@ -600,11 +600,14 @@ def test_downloads(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_fine_tuning_by_the_word(published, drawings, tmp_path):
+def test_fine_tuning_by_the_word(published, drawings, tmp_path, monkeypatch):
     """The commands of docs/published.md on small networks that a local hub serves: Stage C learns
     from the published one, previews through B and A, is sampled, mixed, exported, predicted, and
     draws the same picture in diffusers' own pipelines."""
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, pipelines
+    from diffusers.pipelines.deprecated import wuerstchen
+    # diffusers 0.42 looks here for the networks that a published model_index.json names
+    monkeypatch.setattr(pipelines, "wuerstchen", wuerstchen, raising=False)
     folder, _ = published
     shutil.copytree(folder, tmp_path / "hub")
     write_compressor(tmp_path / "hub/EfficientNetEncoder")
@@ -629,7 +632,7 @@ def test_fine_tuning_by_the_word(published, drawings, tmp_path):
     begin, end = stage_c.load(folder / "wuerstchen-prior/prior"), stage_c.load(
         runs / "stage_c/checkpoint.pt")
     moved = [worst(two, one) for one, two in zip(begin.parameters(), end.parameters())]
-    assert 0 < max(moved) < 0.5, f"not trained, or not from the published weights: {max(moved)}"
+    assert 0 < sorted(moved)[len(moved) // 2] < 0.2, f"not trained, or not from them: {moved}"
 
     quick = ["--steps-c", 4, "--steps-b", 3, "--size", "128x128"]
     run("sample.py", PROMPTS[0], *quick, "--weights", runs, "--out", tmp_path / "1.png")
@@ -648,11 +651,11 @@ def test_fine_tuning_by_the_word(published, drawings, tmp_path):
     noise = stage_b.generators([0, 2 ** 31])
     latents = prior(PROMPTS[0], 128, 128, timesteps=torch.linspace(1, 0, 5).tolist(),
                     guidance_scale=4.0, generator=noise[0]).image_embeddings
-    theirs = decoder(latents, PROMPTS[0], num_inference_steps=3, guidance_scale=0.0,
+    drawn = decoder(latents, PROMPTS[0], num_inference_steps=3, guidance_scale=0.0,
                      generator=noise[1], output_type="np").images[0]
     one = np.asarray(Image.open(tmp_path / "1.png")).astype(float)
     assert one.std() > 5
     for name, other in (("mixed", Image.open(tmp_path / "2.png")), ("predicted", Image.open(
-            demo[-1])), ("diffusers", 255 * theirs)):
+            demo[-1])), ("diffusers", 255 * drawn)):
         off = np.abs(one - np.asarray(other)).max()
         assert off <= 1, f"{name}: another picture than sample.py's, by up to {off} of 255"
