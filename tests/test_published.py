@@ -309,7 +309,7 @@ def test_published_command_line(published, tmp_path):
     assert Image.open(out).size == (384, 256)
     done = command("sample.py", "x", "--weights", "released", check=False, env={
         **os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "empty")})
-    assert done.returncode == 1 and "DIR/wuerstchen-prior" in done.stderr
+    assert done.returncode == 1 and "DIR/wuerstchen/decoder" in done.stderr
     assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
 
 
