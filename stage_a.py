@@ -300,7 +300,7 @@ def train(config, source, out):
     # the VQGAN departs: torch's (.9, .999), with which the weights in pocket/ were trained.
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, fused=True)
     optimizer_d = torch.optim.AdamW(discriminator.parameters(), config.lr, (0.5, 0.9), fused=True)
-    batches = data.Stream(dataset, config)
+    batches = data.Stream(dataset, config, device)
     run.restore(model=model, discriminator=discriminator, usage=usage, optimizer=optimizer,
                 optimizer_d=optimizer_d, batches=batches)
     codes = model.vquantizer.embedding.weight.data                        # (K, 4)
@@ -313,19 +313,19 @@ def train(config, source, out):
         for one in (optimizer, optimizer_d):
             one.zero_grad(set_to_none=True)
         for _ in range(config.accumulate):
-            images = next(batches)["images"].to(device)                   # (B, 3, crop, crop)
+            images = next(batches)["images"]                              # (B, 3, crop, crop)
             if step == 0:                                                 # data-dependent codebook
                 usage.revive(codes, model.encode(images))
                 training.agree(usage.used, codes)
             discriminator.requires_grad_(False)                           # here it only judges …
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with training.autocast(device):
                 value, found = loss(model, images, perceptual, judge)
             usage.used[found["indices"]] = True
             # backward
             (value / config.accumulate).backward()
             if judge:                                                     # … here it only learns
                 discriminator.requires_grad_(True)
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                with training.autocast(device):
                     value_d = discriminator_loss(discriminator, images, found["decoded"].float())
                 (value_d / config.accumulate).backward()
         # clip, lr, step

@@ -366,14 +366,15 @@ class StageB(nn.Module):
             skips.append(x)
         for i, layers in zip(reversed(levels), self.up_blocks):          # the deepest takes no skip
             x = run_level(i, x, layers, next(mappers), [skips[i]] if i < levels[-1] else ())
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            out = self.clf(x.float())                                     # float32, as Stage C's
         if self.config.prediction == "v":
             # departs (pocket): v = sqrt(a_bar) eps - sqrt(1 - a_bar) x_0 (Salimans & Ho, 2022) has
             # the same size at every t. At init v_hat = 0, that is, x_0_hat = sqrt(a_bar) x_t.
-            v_hat = self.clf(x).float()                                   # (B, 4, H, W)
-            return (1 - a_bar).sqrt() * x_t + a_bar.sqrt() * v_hat
+            return (1 - a_bar).sqrt() * x_t + a_bar.sqrt() * out          # (B, 4, H, W)
         # Official head (the paper is silent): eps_hat = (x_t - A) / B. A is the signal part, B the
         # noise's size sqrt(1 - alpha_bar), in (.001, .999). At init A = 0, B = .5: eps_hat = 2 x_t.
-        a, b = self.clf(x).float().chunk(2, dim=1)                        # (B, 4, H, W) each
+        a, b = out.chunk(2, dim=1)                                        # (B, 4, H, W) each
         return (x_t - a) / (b.sigmoid() * (1 - 2e-3) + 1e-3)
 
 
@@ -509,13 +510,13 @@ def train(config, source, out, path_a, clip=None, init_from=None):
     def targets(batch):
         """-> x_0 (B, 4, H, W), text (B, L, E), images for the compressor; if frozen, its sem."""
         if "remembered" in batch:
-            return [part.to(device) for part in batch["remembered"]]
+            return [part.to(device, non_blocking=True) for part in batch["remembered"]]
         images = batch["images"].to(device)
         small = semantic_compressor.resize(images)                        # (B, 3, 3H/4, 3W/4)
-        return (vqgan.standardise(vqgan.encode(images)), encoder(batch["captions"]),
+        return (vqgan.standardise(vqgan.encode(images).float()), encoder(batch["captions"]),
                 small if trained else compressor_ema(small))
 
-    batches = data.Stream(dataset, config)
+    batches = data.Stream(dataset, config, device)
     run.restore(model=model, ema=ema, compressor=compressor, compressor_ema=compressor_ema,
                 optimizer=optimizer, batches=batches)
     if config.remember:
@@ -534,9 +535,9 @@ def train(config, source, out, path_a, clip=None, init_from=None):
             semantic_compressor.measure_batchnorm(compressor, calibration)
         compressor.train(trained and step < freeze)
         for _ in range(config.accumulate):
-            x_0, text, images = targets(next(batches))                    # batch, targets
-            # loss
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with training.autocast(device):
+                x_0, text, images = targets(next(batches))                # batch, targets
+                # loss
                 sem = (compressor(images) if trained else images).float()  # (B, 16, h, w), raw
                 sem, text = drop_and_noise(sem, text, null_text, config,
                                            None if trained else compressor.scale)

@@ -60,6 +60,11 @@ def synchronised(model):
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
 
 
+def autocast(device):
+    """Matrix products in bf16 on a GPU; all in float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def average_gradients(parameters):
     """Average the gradients over all processes. DistributedDataParallel would hook into the forward
     of one module, but Stage B trains two modules and Stage A calls three methods.
