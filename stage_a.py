@@ -59,8 +59,8 @@ class Config:
     max_punsafe: float = 1.0           # LAION's probability of not being safe for work, at most
     # training
     steps: int = 500_000               # paper, E.1
-    batch_size: int = 256              # paper, E.1
-    accumulate: int = 1
+    batch_size: int = 64               # ours: 64 x 4 is the 256 of E.1
+    accumulate: int = 4
     lr: float = 1e-4                   # paper, E.1
     warmup: int = 0                    # paper gives none for Stage A
     cooldown: int = 0                  # ours: linear decay at the end; the paper names none
@@ -78,8 +78,8 @@ PRESETS = {
     "released": Config(decoder_blocks=12, latent_mean=0.0, latent_std=0.3764),  # official code
     "pocket": Config(                  # ours: the same classes at a size for two CPU cores
         widths=(48, 96), decoder_blocks=3, codebook_size=1024, perceptual="none",
-        resize=128, crop=64, steps=800, batch_size=32, lr=2e-3, warmup=50, cooldown=400, workers=1,
-        log_every=20, preview_every=200, save_every=100),
+        resize=128, crop=64, steps=800, batch_size=32, accumulate=1, lr=2e-3, warmup=50,
+        cooldown=400, workers=1, log_every=20, preview_every=200, save_every=100),
 }
 
 
