@@ -44,6 +44,7 @@ GIB = 2 ** 30
 USABLE = {40: 39.4, 80: 79.1}                    # GiB that torch reports of an A100's memory
 PEAK = {"bfloat16": 312e12, "float32": 156e12}        # A100, nominal; float32 as TF32
 LOADER = 243 * 512 ** 2                          # pixels a core-second: docs/speed.md, Loading
+KEPT = []                                        # train()'s frame: to free it can end the process
 CHECKS = {                                       # settings whose step a CPU can do, too
     "b": dict(image_size=256, batch_size=12, widths=(64, 128, 256), blocks=(2, 2, 4),
               heads=(0, 4, 8), cond_width=128),
@@ -124,6 +125,7 @@ def step(name, preset, config, meter, previews=True):
 
     def restore(run, **parts):
         """In place of Run.restore: optimizers get their state; what is resident is noted."""
+        KEPT.append(sys._getframe(1))
         run.parts, run.step, trained = parts, 1, 0
         for one in parts.values():
             if hasattr(one, "param_groups"):
