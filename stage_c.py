@@ -61,7 +61,7 @@ class Config:
     max_punsafe: float = 1.0           # LAION's probability of not being safe for work, at most
     # training
     steps: int = 500_000               # paper, E.3, first run
-    batch_size: int = 96               # ours: 96 x 16 is the 1536 of E.3; what fits: unmeasured
+    batch_size: int = 96               # ours: 96 x 16 is the 1536 of E.3; 27 GiB estimated
     accumulate: int = 16
     lr: float = 1e-4                   # paper, E.3
     warmup: int = 10_000               # official code (the paper gives it for Stage B only)
@@ -72,7 +72,7 @@ class Config:
     seed: int = 0
     workers: int = 8
     compile: bool = False
-    checkpoint_activations: bool = False   # less memory, a third more work
+    checkpoint_activations: bool = False   # less memory, a fifth more work
     log_every: int = 100
     preview_every: int = 5000
     save_every: int = 1000
@@ -81,12 +81,16 @@ class Config:
 PRESETS = {
     "paper": Config(),
     # the later runs of E.3, by --init-from; warmup: ours, short, as each has a new optimizer
-    "paper-2": Config(image_size=1024, steps=364_000, warmup=500),
-    "paper-3": Config(image_size=1024, steps=4_000, accumulate=8, warmup=500,      # 96 x 8 = 768
-                      sizes=("768x1280", "1280x768", "768x768")),
-    "paper-4": Config(image_size=1024, steps=50_000, accumulate=4, warmup=500),    # 96 x 4 = 384
+    # and micro-batches: ours, for a card of 40 GB. Estimated GiB: 32, 29, 32, 30 (docs/gpu.md)
+    "paper-2": Config(image_size=1024, steps=364_000, batch_size=32, accumulate=48,    # 1536
+                      warmup=500),
+    "paper-3": Config(image_size=1024, steps=4_000, batch_size=16, accumulate=48,      # 768
+                      warmup=500, sizes=("768x1280", "1280x768", "768x768")),
+    "paper-4": Config(image_size=1024, steps=50_000, batch_size=32, accumulate=12,     # 384
+                      warmup=500),
     "released": Config(                # official v2 weights: 993,636,896 parameters, CLIP-bigG text
-        width=1536, depth=32, heads=24, text_width=1280, text_encoder="clip-bigg", p2="released"),
+        width=1536, depth=32, heads=24, text_width=1280, text_encoder="clip-bigg", p2="released",
+        batch_size=16, accumulate=96),                                                 # 1536
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         width=192, depth=4, heads=6, text_width=128, dropout=0.0, text_encoder="pocket",
         image_size=128, remember=True, steps=2000, batch_size=128, accumulate=1, lr=2e-3,

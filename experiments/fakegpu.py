@@ -37,7 +37,7 @@ class FakeGPU(FakeTensorMode):
 
     now, peak    bytes of living storages, and the most since `peak` was set last
     flops        {dtype: operations}; a multiply-add is two
-    traffic      {name of an operation: bytes read and written}; a view moves nothing
+    traffic      {name of an operation: bytes read and written}, but for matrix products and views
     waits        {(kind, "file:line code"): times the host would wait}
     It raises at float64 and where two dtypes meet in a matrix product: fake tensors let that pass.
     """
@@ -104,8 +104,8 @@ class FakeGPU(FakeTensorMode):
             assert x.dtype is not torch.float64, f"{func} has a tensor of float64"
         if not flat:
             return
-        if not func.is_view and func.namespace != "prim":
-            self.traffic[str(packet)] += sum(x.numel() * x.element_size() for x in flat)
+        if not (func.is_view or func.namespace == "prim" or packet in flop_registry):
+            self.traffic[str(packet)[5:]] += sum(x.numel() * x.element_size() for x in flat)
         if packet in SAME_DTYPE:
             dtypes = {x.dtype for x in args if self.here(x) and x.is_floating_point()}
             assert len(dtypes) == 1, f"{func} is given {dtypes}"
@@ -133,12 +133,10 @@ def backward(loss):
                 if child not in seen:
                     seen.add(child)
                     stack.append(child)
-    # The engine empties each node; here its last owner must let go: the caller's names for a tensor
-    for kept in (loss, *sys._getframe(1).f_locals.values()):
-        if isinstance(kept, torch.Tensor) and kept.grad_fn in seen:
-            kept.detach_()
     arrived, ready = defaultdict(dict, {root: {0: torch.ones_like(loss)}}), deque([root])
-    del root, seen, kept
+    # The engine empties each node; here its last owner must let go, as a caller's name for a tensor
+    loss.detach_()
+    del root, seen
     with torch.no_grad():
         while ready:
             node = ready.pop()
@@ -169,6 +167,9 @@ def backward(loss):
                     del users[child]
                     ready.append(child)
             del results, children, grad, child
+    for kept in sys._getframe(1).f_locals.values():
+        if isinstance(kept, torch.Tensor) and kept.grad_fn is not None:
+            kept.detach_()
 
 
 def apply(module, fn, recurse=True):

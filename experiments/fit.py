@@ -5,14 +5,16 @@
     python -m experiments.fit --check                         the error, against real CPU memory
 
 The real train() runs on fake CUDA tensors (fakegpu.py) with random networks and blank images: one
-step of at most two micro-batches, with the optimizer's state there from the start, a preview and a
-save. `name=value` changes a field of Config. A card of 40 GB is taken to have 39.4 GiB, of which
-.6 go to CUDA itself and a tenth to fragments: unmeasured, as is all that only a GPU can say.
+step of one micro-batch, a preview and a save. The optimizer's state is there from the start, and so
+are gradients where a step has several micro-batches. `name=value` changes a field of Config. A card
+of 40 GB is taken to have 39.4 GiB, of which .6 go to CUDA itself and a tenth to fragments. That and
+all else that only a GPU can say is unmeasured.
 """
 
 import argparse
 import ast
 import contextlib
+import copy
 import functools
 import inspect
 import itertools
@@ -43,6 +45,7 @@ STAGES = {"a": stage_a, "b": stage_b, "c": stage_c}
 GIB = 2 ** 30
 USABLE = {40: 39.4, 80: 79.1}                    # GiB that torch reports of an A100's memory
 PEAK = {"bfloat16": 312e12, "float32": 156e12}        # A100, nominal; float32 as TF32
+BANDWIDTH = 1.555e12                             # bytes/s, A100 of 40 GB, nominal
 LOADER = 243 * 512 ** 2                          # pixels a core-second: docs/speed.md, Loading
 KEPT = []                                        # train()'s frame: to free it can end the process
 CHECKS = {                                       # settings whose step a CPU can do, too
@@ -73,8 +76,8 @@ def stand_ins(preset):
     size = "pocket" if preset == "pocket" else "paper"
     pick = {name: stage.PRESETS[size] for name, stage in STAGES.items()}
     load_a = frozen(stage_a.StageA, pick["a"])
-    net = replace(semantic_compressor.PRESETS[size], imagenet=False)
-    load_compressor = frozen(semantic_compressor.SemanticCompressor, net)
+    nets = {key: replace(one, imagenet=False) for key, one in semantic_compressor.PRESETS.items()}
+    load_compressor = frozen(semantic_compressor.SemanticCompressor, nets[size])
 
     def decoder(*paths, device="cpu", **options):
         return stage_b.Decoder(load_a(0, device), frozen(stage_b.StageB, pick["b"])(0, device),
@@ -101,7 +104,7 @@ def stand_ins(preset):
                 patch(data.CaptionedImages, "load", blank),
                 patch(stage_a, "load", load_a), patch(stage_b, "load_decoder", decoder),
                 patch(semantic_compressor, "load", load_compressor),
-                mock.patch.dict(semantic_compressor.PRESETS, {size: net}),
+                mock.patch.dict(semantic_compressor.PRESETS, nets),
                 patch(stage_a, "VGG16Perceptual",
                       functools.partial(stage_a.VGG16Perceptual, weights=None)),
                 patch(stage_b, "ddpm_sample", one_step(stage_b.ddpm_sample)),
@@ -117,9 +120,10 @@ def step(name, preset, config, meter, previews=True):
     meter: has now, peak and flops, as a FakeGPU. previews: False leaves out previews and saves.
     """
     stage, found = STAGES[name], {}
-    short = dict(steps=2, warmup=0, cooldown=0, workers=0, accumulate=min(2, config.accumulate),
-                 log_every=1, compile=False, remember=False, sizes=config.sizes[:1]
-                 if name == "c" else (), adversarial_start=0)
+    short = dict(steps=2, warmup=0, cooldown=0, workers=0, accumulate=1, log_every=1,
+                 compile=False, remember=False, adversarial_start=0,
+                 sizes=getattr(config, "sizes", ())[:1])
+    several = config.accumulate > 1
     config = replace(config, **{key: value for key, value in short.items()
                                 if hasattr(config, key)})
 
@@ -133,21 +137,25 @@ def step(name, preset, config, meter, previews=True):
                 for w in weights:
                     w.grad = torch.zeros_like(w)
                 one.step()
-                one.zero_grad()
+                if several:                               # those of the micro-batches before
+                    one.zero_grad = lambda **_: None
+                else:
+                    one.zero_grad()
                 trained += sum(w.nbytes for w in weights)
         ema = sum(w.nbytes for key, net in parts.items() if "ema" in key for w in net.parameters())
         found.update(parameters=trained, gradients=trained, optimizer=2 * trained, ema=ema,
                      frozen=meter.now - 3 * trained - ema)
-        meter.peak, meter.flops, meter.waits = meter.now, Counter(), Counter()
+        meter.peak, meter.flops, meter.waits, meter.traffic = meter.now, *map(Counter, [()] * 3)
 
     def aside(function, instead=None):
         """Previews and saves have a peak of their own; left out they give `instead`."""
         def called(*arguments, **options):
             found["step"] = max(found.get("step", 0), meter.peak)
-            meter.peak, flops, waits = meter.now, meter.flops.copy(), meter.waits.copy()
+            counts = [copy.copy(one) for one in (meter.flops, meter.waits, meter.traffic)]
+            meter.peak = meter.now
             result = function(*arguments, **options) if previews else instead
             found["aside"] = max(found.get("aside", 0), meter.peak)
-            meter.peak, meter.flops, meter.waits = meter.now, flops, waits
+            meter.peak, meter.flops, meter.waits, meter.traffic = meter.now, *counts
             return result
         return called
 
@@ -164,9 +172,9 @@ def step(name, preset, config, meter, previews=True):
                 stack.enter_context(mock.patch.object(
                     module, function, aside(getattr(module, function), instead)))
             stage.train(config, **given)
-    images = config.batch_size * config.accumulate
     return dict(found, waits=[[*where, times] for where, times in meter.waits.items()],
-                flops={str(kind)[6:]: n / images for kind, n in meter.flops.items()},
+                traffic={op: n / config.batch_size for op, n in meter.traffic.items()},
+                flops={str(kind)[6:]: n / config.batch_size for kind, n in meter.flops.items()},
                 activations=found["step"] - sum(found[key] for key in (
                     "parameters", "gradients", "optimizer", "ema", "frozen")))
 
@@ -221,6 +229,12 @@ def table(name, preset, config, cards, share, jobs, results):
         f"{each * effective / 1e12:,.0f} a step; at {share:.0%} of an A100's nominal peak "
         f"{1 / seconds:,.0f} images/s, {config.steps * effective * seconds / 86400:,.0f} days, "
         f"{side ** 2 / seconds / LOADER:.1f} loader cores"]
+    products = seconds * share                            # at the nominal peak
+    beside = {op: n / BANDWIDTH / products for op, n in found["traffic"].items()}
+    lines.append("  not compiled, at the nominal bandwidth beside matrix products at the nominal "
+                 f"peak: {sum(beside.values()):.0%}; " + ", ".join(
+                     f"{op} {part:.0%}" for op, part in sorted(
+                         beside.items(), key=lambda one: -one[1]) if part > 0.02))
     for kind, ours in runs.items():
         for card in cards:
             most = largest(ours, given, (USABLE.get(card, card * 0.985) * 0.9 - 0.6) * GIB)
@@ -234,7 +248,7 @@ def table(name, preset, config, cards, share, jobs, results):
 class Resident:
     """The memory of this process, by the kernel's count: now, and the peak since it was set."""
 
-    flops, waits, start = Counter(), Counter(), 0
+    flops, waits, traffic, start = Counter(), Counter(), Counter(), 0
 
     def read(self, field):
         line = next(one for one in open("/proc/self/status") if one.startswith(field))
@@ -266,8 +280,9 @@ def run(job):
     # malloc gives each large tensor back at once, so that the kernel counts what lives
     done = subprocess.run(
         [sys.executable, "-m", "experiments.fit", "--job", json.dumps(job)], cwd=cli.ROOT,
-        env=dict(os.environ, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="65536",
-                 MALLOC_TRIM_THRESHOLD_="0"), capture_output=True, text=True)
+        env=dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1",
+                 MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0"),
+        capture_output=True, text=True)
     if "RESULT " not in done.stdout:
         raise cli.UsageError(f"the step could not be run: {done.stderr.strip()[-300:]}")
     return json.loads(done.stdout.partition("RESULT ")[2])

@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -354,5 +355,13 @@ def command(stage, train, Config, presets, doc, data):
         for name in {"path_a", "path_b"} & set(names):
             given[name] = given[name] or checkpoint.checkpoint_of_earlier_stage(
                 name[-1], out, args.preset)
-        train(config, **dict(given, source=data(args), out=out))
+        try:
+            train(config, **dict(given, source=data(args), out=out))
+        except torch.cuda.OutOfMemoryError:
+            gib = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+            print("the GPU's memory is full; what fits is counted now, a minute", file=sys.stderr)
+            sys.exit(subprocess.run([
+                sys.executable, "-m", "experiments.fit", "--preset", args.preset, "--stages", stage,
+                "--cards", f"{gib / 0.985:.1f}", *(f"{k}={v}" for k, v in vars(config).items())],
+                cwd=cli.ROOT, stdout=subprocess.PIPE, text=True).stdout or "try a smaller one")
     cli.start(start)

@@ -10,11 +10,13 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import semantic_compressor
 import stage_a
 import stage_b
 import stage_c
+from experiments import fit
 from plumbing import training
 from test_shapes import TINY_A, TINY_B, TINY_C
 from tests.common import HERE
@@ -266,3 +268,91 @@ def test_gpu_bf16_learns_alike(tmp_path, drawings):
         assert (off <= 2 * spread).all(), (
             f"Stage {name.upper()}: the log of the error by noise level differs by {off.tolist()} "
             f"in bf16 and by {spread.tolist()} with another seed")
+
+
+# ---- what fits -----------------------------------------------------------------------------------
+
+def test_pair_that_fits():
+    """By the peaks of two micro-batches: the most that fit, and the divisor of the whole batch."""
+    runs = {96: dict(step=1000), 48: dict(step=520)}          # 40 + 10 an image
+    assert fit.largest(runs, 96, 690) == 65 and fit.largest(runs, 96, 30) == 0
+    assert fit.pair(1536, 65) == "--batch-size 64 --accumulate 24"
+    assert fit.pair(1536, 0) == "nothing fits"
+
+
+def test_out_of_memory_names_what_fits(monkeypatch, tmp_path, capsys):
+    """A run that fills the GPU ends with what fits it: the pair of flags to go on with."""
+    def train(config, source, out):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    def counted(command, **options):
+        assert command[1:8] == ["-m", "experiments.fit", "--preset", "paper", "--stages", "c",
+                                "--cards"] and "batch_size=96" in command, command
+        assert command[8:9] == ["24.0"]
+        return mock.Mock(stdout="  24 GB: --batch-size 48 --accumulate 32")
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: mock.Mock(total_memory=int(23.6 * 2 ** 30)))
+    monkeypatch.setattr(training.subprocess, "run", counted)
+    monkeypatch.setattr(sys, "argv", ["stage_c.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        training.command("c", train, stage_c.Config, stage_c.PRESETS, "C", lambda args: "")
+    assert "--batch-size 48 --accumulate 32" in str(stop.value), stop.value
+    assert "memory is full" in capsys.readouterr().err
+
+
+def job(name, preset, **changes):
+    return dict(stage=name, preset=preset, previews=False,
+                config=dict(vars(fit.STAGES[name].PRESETS[preset]), **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, preset", [
+    ("a", "paper"), ("b", "paper"), ("b", "paper-2"), ("c", "paper"), ("c", "paper-2"),
+    ("c", "paper-3"), ("c", "released")])     # C's paper-4 has the micro-batch of paper-2
+def test_gpu_presets_fit_40_gb(name, preset):
+    """The step of each preset, as it is, takes no more of a 40 GB card than fit.py allows."""
+    peak = fit.run(job(name, preset))["step"]
+    room = (fit.USABLE[40] * 0.9 - 0.6) * fit.GIB
+    assert peak < room, f"Stage {name.upper()} {preset}: {peak / fit.GIB:.1f} GiB, expected less"
+
+
+@pytest.mark.slow
+def test_gpu_counts_agree_with_memory():
+    """fit.py --check: what is counted is within a tenth of what the CPU really takes, C in fp32."""
+    counted, real = (fit.run(dict(name="c", half=False, real=real)) for real in (False, True))
+    assert abs(counted / real - 1) < 0.1, (counted, real)
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", "bc")
+@pytest.mark.parametrize("kind", ["plain", "checkpointed", "keys and values given"])
+def test_gpu_compile_has_no_breaks(name, kind):
+    """Under torch.compile a model is one graph, and sizes seen once compile nothing further."""
+    torch.compiler.reset()
+    counters.clear()
+    stage, tiny, scale = (stage_b, TINY_B, 16 / 3) if name == "b" else (stage_c, TINY_C, 1)
+    model = getattr(stage, f"Stage{name.upper()}")(replace(
+        tiny, dropout=0.1, checkpoint_activations=kind == "checkpointed"))
+    given = kind == "keys and values given"
+    model.train(not given).compile(backend="aot_eager")
+
+    def once(h, w):
+        sem = [torch.randn(2, 16, h, w)] if name == "b" else []
+        x = torch.randn(2, model.config.latent_channels, int(h * scale), int(w * scale))
+        conditions = (*sem, torch.randn(2, 24, 128))
+        with torch.set_grad_enabled(not given):
+            out = model(x, torch.rand(2), *conditions,
+                        *([model.precompute(*conditions)] if given else []))
+        if not given:
+            out.sum().backward()
+
+    sizes = ((6, 9), (9, 6), (6, 6))                  # as paper-3's: two ratios and a square
+    for size in sizes:
+        once(*size)
+    assert not counters["graph_break"], f"Stage {name.upper()}: {dict(counters['graph_break'])}"
+    seen = counters["stats"]["unique_graphs"]
+    for size in (*sizes[::-1], *sizes):
+        once(*size)
+    assert counters["stats"]["unique_graphs"] == seen <= len(sizes), "sizes seen compile anew"
