@@ -288,15 +288,16 @@ def places(length, config, rank, world, taken=0, given=0):
 
 class Stream:
     """Batches without end, from a position that a checkpoint keeps: dicts of
-        images    float32 (B, 3, H, W) in [0, 1]; from a Memory instead `remembered`, its tensors
+        images    float32 (B, 3, H, W) in [0, 1], on `device`
+                  from a Memory instead `remembered`, its tensors, on the CPU
         captions  [str], keys [str], indices [int], failed [(key, reason)]
         position  (epoch, sample) after this batch: a stream begun there goes on with the next.
     config: a stage's Config, of which batch_size, accumulate, seed and workers count. A batch
     without any usable sample is passed over. Raises UsageError if most are unusable.
     """
 
-    def __init__(self, dataset, config):
-        self.dataset, self.config, self.batches = dataset, config, None
+    def __init__(self, dataset, config, device="cpu"):
+        self.dataset, self.config, self.device, self.batches = dataset, config, device, None
         self.rank, self.world = training.rank(), training.world()
         self.taken, self.given = 0, 0  # samples; batches, of which a step has config.accumulate
         self.failures = tars.FailureCounter(dataset)
@@ -315,7 +316,8 @@ class Stream:
             self.taken += self.config.batch_size * self.world
             if batch["keys"]:
                 self.given += 1
-                return {**to_float(batch), "position": divmod(self.taken, len(self.dataset))}
+                batch["position"] = divmod(self.taken, len(self.dataset))
+                return to_float(batch, self.device)
             self.batches = None  # begun anew, so that the next batch has this one's place in a step
 
     def state_dict(self):
@@ -357,6 +359,7 @@ def loader(dataset, batches, workers):
     # a run would depend on how often it was resumed.
     return DataLoader(dataset, batch_sampler=batches, collate_fn=dict,  # __getitems__ stacks them
                       num_workers=0 if isinstance(dataset, Memory) else workers,
+                      pin_memory=torch.cuda.is_available(),       # copied while the GPU computes
                       worker_init_fn=ignore_interrupt, generator=torch.Generator().manual_seed(0))
 
 
@@ -366,10 +369,11 @@ def ignore_interrupt(worker):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def to_float(batch):
-    """Workers send bytes (a quarter of the traffic); the model gets floats in [0, 1]."""
+def to_float(batch, device="cpu"):
+    """Bytes are sent, a quarter of the traffic; floats in [0, 1] are made of them on `device`."""
     images = batch.get("images")
     if images is not None:                                                           # (B, C, H, W)
+        images = images.to(device, non_blocking=True)
         batch["images"] = images.float() / (255 if images.dtype == torch.uint8 else 1)
     return batch
 

@@ -78,14 +78,16 @@ class SemanticCompressor(nn.Module):
         self.mapper = nn.Sequential(                          # both names as in dome272/Wuerstchen
             nn.Conv2d(channels, config.latent_channels, 1, bias=False),
             nn.BatchNorm2d(config.latent_channels, affine=config.affine))
+        # of ImageNet; on the CPU also where a model is built on "meta": no checkpoint holds them
+        for name, value in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
+            self.register_buffer(name, torch.tensor(value, device="cpu").view(3, 1, 1), False)
 
     def forward(self, images):
         """images: at the compressor's size (see `resize`), in [0, 1]; normalised here as in E.2."""
         H, W = images.shape[-2:]
         if H % 32 or W % 32:
             raise ValueError(f"the compressor found an image of {H}x{W}, expected multiples of 32")
-        mean = images.new_tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)      # of ImageNet
-        std = images.new_tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+        mean, std = self.mean.to(images), self.std.to(images)     # they move from "meta" alone
         return self.mapper(self.backbone((images - mean) / std))          # (B, 16, h, w)
 
     @property

@@ -75,7 +75,7 @@ class Config:
     max_punsafe: float = 1.0           # LAION's probability of not being safe for work, at most
     # training
     steps: int = 457_000               # paper, E.2, first phase
-    batch_size: int = 16               # ours: 16 x 32 is the 512 of E.2; what fits: unmeasured
+    batch_size: int = 16               # ours: 16 x 32 is the 512 of E.2
     accumulate: int = 32
     lr: float = 1e-4                   # paper, E.2
     compressor_share: float = 1.0      # of lr, for the compressor (paper: 1); 0: it does not learn
@@ -86,18 +86,20 @@ class Config:
     seed: int = 0
     workers: int = 8
     compile: bool = False
-    checkpoint_activations: bool = False   # less memory, a third more work
+    checkpoint_activations: bool = False   # less memory, a fifth more work
     log_every: int = 100
     preview_every: int = 5000
     save_every: int = 1000
 
 
 PRESETS = {
-    "paper": Config(),
+    # checkpointed: BatchNorm shall see the paper's micro-batches, and without they fill 60 GiB
+    "paper": Config(checkpoint_activations=True),
     # the second phase of E.2, by --init-from; warmup: ours, short, as it has a new optimizer
-    "paper-2": Config(image_size=1024, steps=300_000, batch_size=4, warmup=500),   # 4 x 32 = 128
+    "paper-2": Config(image_size=1024, steps=300_000, batch_size=4, warmup=500,    # 4 x 32 = 128
+                      checkpoint_activations=True),
     "released": Config(attend_to_sem=False, condition="raw", guidance=1.0,
-                       compressor_preset="released"),                                  # official v2
+                       compressor_preset="released", checkpoint_activations=True),     # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(48, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
         dropout=0.0, prediction="v", weight_cap=1e4, weight_floor=0.5, t_power=1.5, guidance=2.0,
@@ -163,9 +165,11 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x):
         # x.norm in parts, many times faster on a CPU; 1e-12 because sqrt has no gradient at 0
-        energy = (x.square().sum((1, 2), keepdim=True) + 1e-12).sqrt()    # (B, 1, 1, C)
-        share = energy / (energy.mean(-1, keepdim=True) + 1e-6)
-        return self.gamma * (x * share) + self.beta + x
+        energy = ((x * x).sum((1, 2), keepdim=True, dtype=torch.float32) + 1e-12).sqrt()
+        share = energy / (energy.mean(-1, keepdim=True) + 1e-6)           # (B, 1, 1, C)
+        # in bf16 where x is: in float32 these 4c wide tensors would be half of all that is kept
+        gamma, beta, share = (one.to(x.dtype) for one in (self.gamma, self.beta, share))
+        return gamma * (x * share) + beta + x
 
 
 class TimestepBlock(nn.Module):
@@ -366,14 +370,15 @@ class StageB(nn.Module):
             skips.append(x)
         for i, layers in zip(reversed(levels), self.up_blocks):          # the deepest takes no skip
             x = run_level(i, x, layers, next(mappers), [skips[i]] if i < levels[-1] else ())
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            out = self.clf(x.float())                                     # float32, as Stage C's
         if self.config.prediction == "v":
             # departs (pocket): v = sqrt(a_bar) eps - sqrt(1 - a_bar) x_0 (Salimans & Ho, 2022) has
             # the same size at every t. At init v_hat = 0, that is, x_0_hat = sqrt(a_bar) x_t.
-            v_hat = self.clf(x).float()                                   # (B, 4, H, W)
-            return (1 - a_bar).sqrt() * x_t + a_bar.sqrt() * v_hat
+            return (1 - a_bar).sqrt() * x_t + a_bar.sqrt() * out          # (B, 4, H, W)
         # Official head (the paper is silent): eps_hat = (x_t - A) / B. A is the signal part, B the
         # noise's size sqrt(1 - alpha_bar), in (.001, .999). At init A = 0, B = .5: eps_hat = 2 x_t.
-        a, b = self.clf(x).float().chunk(2, dim=1)                        # (B, 4, H, W) each
+        a, b = out.chunk(2, dim=1)                                        # (B, 4, H, W) each
         return (x_t - a) / (b.sigmoid() * (1 - 2e-3) + 1e-3)
 
 
@@ -509,13 +514,13 @@ def train(config, source, out, path_a, clip=None, init_from=None):
     def targets(batch):
         """-> x_0 (B, 4, H, W), text (B, L, E), images for the compressor; if frozen, its sem."""
         if "remembered" in batch:
-            return [part.to(device) for part in batch["remembered"]]
+            return [part.to(device, non_blocking=True) for part in batch["remembered"]]
         images = batch["images"].to(device)
         small = semantic_compressor.resize(images)                        # (B, 3, 3H/4, 3W/4)
-        return (vqgan.standardise(vqgan.encode(images)), encoder(batch["captions"]),
+        return (vqgan.standardise(vqgan.encode(images).float()), encoder(batch["captions"]),
                 small if trained else compressor_ema(small))
 
-    batches = data.Stream(dataset, config)
+    batches = data.Stream(dataset, config, device)
     run.restore(model=model, ema=ema, compressor=compressor, compressor_ema=compressor_ema,
                 optimizer=optimizer, batches=batches)
     if config.remember:
@@ -534,9 +539,9 @@ def train(config, source, out, path_a, clip=None, init_from=None):
             semantic_compressor.measure_batchnorm(compressor, calibration)
         compressor.train(trained and step < freeze)
         for _ in range(config.accumulate):
-            x_0, text, images = targets(next(batches))                    # batch, targets
-            # loss
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with training.autocast(device):
+                x_0, text, images = targets(next(batches))                # batch, targets
+                # loss
                 sem = (compressor(images) if trained else images).float()  # (B, 16, h, w), raw
                 sem, text = drop_and_noise(sem, text, null_text, config,
                                            None if trained else compressor.scale)

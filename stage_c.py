@@ -61,7 +61,7 @@ class Config:
     max_punsafe: float = 1.0           # LAION's probability of not being safe for work, at most
     # training
     steps: int = 500_000               # paper, E.3, first run
-    batch_size: int = 96               # ours: 96 x 16 is the 1536 of E.3; what fits: unmeasured
+    batch_size: int = 96               # ours: 96 x 16 is the 1536 of E.3; 27 GiB estimated
     accumulate: int = 16
     lr: float = 1e-4                   # paper, E.3
     warmup: int = 10_000               # official code (the paper gives it for Stage B only)
@@ -72,7 +72,7 @@ class Config:
     seed: int = 0
     workers: int = 8
     compile: bool = False
-    checkpoint_activations: bool = False   # less memory, a third more work
+    checkpoint_activations: bool = False   # less memory, a fifth more work
     log_every: int = 100
     preview_every: int = 5000
     save_every: int = 1000
@@ -81,12 +81,16 @@ class Config:
 PRESETS = {
     "paper": Config(),
     # the later runs of E.3, by --init-from; warmup: ours, short, as each has a new optimizer
-    "paper-2": Config(image_size=1024, steps=364_000, warmup=500),
-    "paper-3": Config(image_size=1024, steps=4_000, accumulate=8, warmup=500,      # 96 x 8 = 768
-                      sizes=("768x1280", "1280x768", "768x768")),
-    "paper-4": Config(image_size=1024, steps=50_000, accumulate=4, warmup=500),    # 96 x 4 = 384
+    # and micro-batches: ours, for a card of 40 GB. Estimated GiB: 32, 29, 32, 30 (docs/gpu.md)
+    "paper-2": Config(image_size=1024, steps=364_000, batch_size=32, accumulate=48,    # 1536
+                      warmup=500),
+    "paper-3": Config(image_size=1024, steps=4_000, batch_size=16, accumulate=48,      # 768
+                      warmup=500, sizes=("768x1280", "1280x768", "768x768")),
+    "paper-4": Config(image_size=1024, steps=50_000, batch_size=32, accumulate=12,     # 384
+                      warmup=500),
     "released": Config(                # official v2 weights: 993,636,896 parameters, CLIP-bigG text
-        width=1536, depth=32, heads=24, text_width=1280, text_encoder="clip-bigg", p2="released"),
+        width=1536, depth=32, heads=24, text_width=1280, text_encoder="clip-bigg", p2="released",
+        batch_size=16, accumulate=96),                                                 # 1536
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         width=192, depth=4, heads=6, text_width=128, dropout=0.0, text_encoder="pocket",
         image_size=128, remember=True, steps=2000, batch_size=128, accumulate=1, lr=2e-3,
@@ -150,9 +154,11 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x):
         # x.norm in parts, many times faster on a CPU; 1e-12 because sqrt has no gradient at 0
-        energy = (x.square().sum((1, 2), keepdim=True) + 1e-12).sqrt()    # (B, 1, 1, C)
-        share = energy / (energy.mean(-1, keepdim=True) + 1e-6)
-        return self.gamma * (x * share) + self.beta + x
+        energy = ((x * x).sum((1, 2), keepdim=True, dtype=torch.float32) + 1e-12).sqrt()
+        share = energy / (energy.mean(-1, keepdim=True) + 1e-6)           # (B, 1, 1, C)
+        # in bf16 where x is: in float32 these 4c wide tensors would be half of all that is kept
+        gamma, beta, share = (one.to(x.dtype) for one in (self.gamma, self.beta, share))
+        return gamma * (x * share) + beta + x
 
 
 class TimestepBlock(nn.Module):
@@ -302,7 +308,9 @@ class StageC(nn.Module):
                 condition = (text, next(precomputed, None))
             x = (torch.utils.checkpoint.checkpoint(block, x, *condition, use_reentrant=False)
                  if recompute else block(x, *condition))
-        a, b = self.out(x).float().chunk(2, dim=1)                        # (B, 16, h, w) each
+        # float32: bf16 steps by .0039 below 1, and at t = .001 the true |1 - B| is .0100
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            a, b = self.out(x.float()).chunk(2, dim=1)                    # (B, 16, h, w) each
         return ab_to_eps(x_t, a, b)
 
 
@@ -409,11 +417,11 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_c
     def targets(batch):
         """A batch of images (or latents) and captions -> x_0 (B, 16, h, w), text (B, L, E)."""
         if "remembered" in batch:
-            return [part.to(device) for part in batch["remembered"]]
+            return [part.to(device, non_blocking=True) for part in batch["remembered"]]
         x_0 = batch["images"].to(device)
         if x_0.shape[1] == 3:                                             # images, not latents
             small = x_0 if config.sizes else semantic_compressor.resize(x_0)
-            x_0 = compressor.standardise(compressor(small))
+            x_0 = compressor.standardise(compressor(small).float())
         return x_0, encoder(batch["captions"])
 
     if config.remember:
@@ -432,7 +440,7 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_c
         model.load_state_dict(load(init_from).state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
-    batches = data.Stream(dataset, config)
+    batches = data.Stream(dataset, config, device)
     run.restore(model=model, ema=ema, optimizer=optimizer, batches=batches)
     if config.compile:
         model.compile()                                               # in place: names stay clean
@@ -440,11 +448,11 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_c
     for step in run.steps():
         optimizer.zero_grad(set_to_none=True)
         for _ in range(config.accumulate):
-            # batch, targets
-            x_0, text = targets(next(batches))                            # (B, 16, h, w), (B, L, E)
-            text = drop_text(text, null_text, config.text_drop)
-            # loss
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with training.autocast(device):
+                # batch, targets
+                x_0, text = targets(next(batches))                        # (B, 16, h, w), (B, L, E)
+                text = drop_text(text, null_text, config.text_drop)
+                # loss
                 value, t, error = loss(model, x_0, text)
             run.note(t, error)
             (value / config.accumulate).backward()

@@ -102,7 +102,8 @@ class TextEncoder(nn.Module):
 
     def forward(self, captions):
         tower = self.tower
-        ids, real = (x.to(tower.positional_embedding.device) for x in self.tokens(captions))
+        device = tower.positional_embedding.device
+        ids, real = (x.to(device, non_blocking=True) for x in self.tokens(captions))
         hidden = ~real[:, None].expand(-1, self.length, -1).tril()                   # (B, L, L)
         mask = torch.zeros(hidden.shape, device=ids.device).masked_fill(hidden, float("-inf"))
         x = tower.token_embedding(ids) + tower.positional_embedding                  # (B, L, D)

@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -58,6 +59,11 @@ def synchronised(model):
     """
     several = world() > 1 and torch.cuda.is_available()
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
+
+
+def autocast(device):
+    """Matrix products in bf16 on a GPU; all in float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def average_gradients(parameters):
@@ -350,5 +356,13 @@ def command(stage, train, Config, presets, doc, data):
         for name in {"path_a", "path_b"} & set(names):
             if not (given[name] or given.get("path_compressor")):
                 given[name] = checkpoint.checkpoint_of_earlier_stage(name[-1], out, args.preset)
-        train(config, **dict(given, source=data(args), out=out))
+        try:
+            train(config, **dict(given, source=data(args), out=out))
+        except torch.cuda.OutOfMemoryError:
+            gib = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+            print("the GPU's memory is full; what fits is counted now, a minute", file=sys.stderr)
+            sys.exit(subprocess.run([
+                sys.executable, "-m", "experiments.fit", "--preset", args.preset, "--stages", stage,
+                "--cards", f"{gib / 0.985:.1f}", *(f"{k}={v}" for k, v in vars(config).items())],
+                cwd=cli.ROOT, stdout=subprocess.PIPE, text=True).stdout or "try a smaller one")
     cli.start(start)
