@@ -163,36 +163,29 @@ def width_x_height(text):
     return width, height
 
 
-def count(text):
-    """"12" -> 12, and nothing below 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return int(text)
-
-
 def steps(text):
-    """A count; or "released", the noise levels of diffusers' 29 steps."""
-    return stage_c.RELEASED_LEVELS if text == "released" else count(text)
+    """A number; or "released", the noise levels of diffusers' 29 steps."""
+    return stage_c.RELEASED_LEVELS if text == "released" else cli.number("steps_c", int)(text)
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, **cli.STYLE)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help="one or more prompts")
     add("--prompts", metavar="FILE", help="a file with one prompt per line")
     add("--out", metavar="PNG", default="sample.png", help="where the picture goes (sample.png)")
     add("--weights", default="pocket", metavar="DIR", help="or pocket (default), or released")
     add("--clip", metavar="PATH", help="CLIP's weights; or a folder with clip-h… and clip-bigg…")
-    add("--n", type=count, default=1, help="pictures per prompt (1)")
+    add("--n", type=int, default=1, help="pictures per prompt (1)")
     add("--seed", type=int, default=0, help="seed of the first picture (0)")
     add("--size", type=width_x_height, metavar="WxH", help="in pixels (default: as in training)")
     add("--steps-c", type=steps, default=60, help="Stage C's steps (60: §4), or released: 29")
-    add("--steps-b", type=count, default=12, help="Stage B's steps (12: §4)")
+    add("--steps-b", type=int, default=12, help="Stage B's steps (12: §4)")
     add("--guidance-c", type=float, default=4.0, help="1 conditional, 0 not (4)")
     add("--guidance-b", type=float, help="likewise (default: the weights' own)")
     add("--start", choices=("tokens", "gaussian"), help="of Stage B (§3.3: tokens)")
     add("--negative", default="", metavar="PROMPT", help="to be led away from")
-    add("--batch-size", type=count, default=16, help="pictures drawn at once (16)")
+    add("--batch-size", type=int, default=16, help="pictures drawn at once (16)")
     add("--stages", action="store_true", help="show the steps to one picture")
     add("--reconstruct", metavar="IMAGE", help="what each stage loses of an image")
     return parser

@@ -20,7 +20,6 @@ started again, this goes on. log.jsonl has the shares of right answers on captio
 that no training names (split "heldout").
 """
 
-import argparse
 import copy
 import json
 from dataclasses import asdict, replace
@@ -145,8 +144,7 @@ def teach(config, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--out", default="runs/pocket/text")
     parser.add_argument("--steps", type=int, default=CONFIG.steps)
     settings = parser.parse_args()
