@@ -177,6 +177,8 @@ class Attention(nn.Module):
 
     def __init__(self, c, heads, dropout):
         super().__init__()
+        if heads < 1 or c % heads:
+            raise ValueError(f"found {heads} heads for a width of {c}, expected a divisor of it")
         self.heads, self.dropout = heads, dropout
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])                    # published name: to_out.0
@@ -187,9 +189,7 @@ class Attention(nn.Module):
 
     def forward(self, x, keys, values):         # (B, N, C), twice (B, heads, M, C / heads)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
-        own_keys, own_values = self.keys_values(x)
-        k = torch.cat([own_keys, keys], dim=2)                            # (B, heads, N + M, …)
-        v = torch.cat([own_values, values], dim=2)
+        k, v = (torch.cat(pair, 2) for pair in zip(self.keys_values(x), (keys, values)))  # N + M
         dropout = self.dropout if self.training else 0.0    # of the weights (diffusers: output)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)    # (B, heads, N, C / heads)
         return self.to_out[0](y.transpose(1, 2).flatten(2))               # (B, N, C)

@@ -16,15 +16,14 @@ from typing import Literal, get_args, get_origin
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-CHOSEN = {"device": None}                                     # by --device, for training.setup
-# The lowest and highest number that an option or a field of a Config may have, and what it is a
-# multiple of, by its name. All others: integers from 1, floats from 0.
+CHOSEN = {"device": None}                                     # by --device
+# Lowest and highest number that an option or a Config's field of this name may have, and what it is
+# a multiple of. Others: integers from 1, floats from 0.
 RANGES = {
-    "seed": (0, 2 ** 32 - 1), "workers": (0, 1024), "steps_[bc]": (1, 10_000),
-    "warmup|cooldown|min_size|adversarial_start|heads": (0, 10 ** 9),
-    "depth|.*blocks": (1, 1000), "timestep_width": (4, 10 ** 4, 2), "crop": (32, 2 ** 14, 4),
-    "image_size": (128, 2 ** 14, 128), "size": (1, 2 ** 12), "per_shard": (1, 10_000),
-    "guidance.*|latent_mean|min_aesthetic": (-1e9, 1e9),
+    "seed": (0, 2 ** 32 - 1), "workers": (0, 1024), "steps_[bc]": (1, 10_000), "size": (1, 4096),
+    "warmup|cooldown|min_size|adversarial_start|heads": (0, 2 ** 31), "per_shard": (1, 10_000),
+    "depth|.*blocks": (1, 1000), "timestep_width": (4, 10_000, 2), "crop": (32, 2 ** 14, 4),
+    "image_size": (128, 2 ** 14, 128), "guidance.*|latent_mean|min_aesthetic": (-1e9, 1e9),
     "t_power|latent_std": (1e-9, 1e9), "ema|.*(drop|noise|share|max_p).*": (0, 1)}
 
 
@@ -33,12 +32,17 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Of any command: one line for an option where it fits, and numbers in their RANGES."""
+    """Of any command: a line for an option where it fits, numbers in RANGES. What the console's
+    encoding lacks is printed as ?.
+    """
 
     def __init__(self, description, **more):
-        super().__init__(description=description, usage=argparse.SUPPRESS, formatter_class=(
-            functools.partial(argparse.RawDescriptionHelpFormatter, width=160,
-                              max_help_position=32)), **more)
+        style = functools.partial(argparse.RawDescriptionHelpFormatter, width=160,
+                                  max_help_position=32)
+        super().__init__(description=description, formatter_class=style, usage=argparse.SUPPRESS,
+                         **more)
+        for stream in (sys.stdout, sys.stderr):
+            getattr(stream, "reconfigure", dict)(errors="replace")
 
     def add_argument(self, *names, **more):
         if more.get("type") in (int, float):
@@ -46,10 +50,9 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **more)
 
     def error(self, message):
-        first, *more = message.removeprefix("unrecognized arguments: ").split()
-        if first != message.split()[0] and os.path.exists(first):
-            message = (f"found {first} and {len(more)} more after an option that takes one, as "
-                       "when the shell expands a pattern; put it in quotes")
+        if os.path.exists(message.removeprefix("unrecognized arguments: ").split(" ")[0]):
+            message += ": more files than an option takes, as when the shell expands a pattern; " \
+                       "put it in quotes"
         super().error(message)
 
 
@@ -59,7 +62,6 @@ def parse(Config, presets, doc, argv=None, preset="paper", **paths):
     Each field of Config is an option; the comment on its line, its meaning and source, is its help.
     A tuple is given with commas: `--widths 48,96`. paths: further options, name -> help.
     """
-    show_all()
     parser = Parser(doc.partition("\n")[0] + " The top of the file says more.", allow_abbrev=False)
     parser.add_argument("--preset", choices=list(presets), default=preset, metavar="NAME",
                         help=f"a set of all that follows: {', '.join(presets)} ({preset})")
@@ -75,7 +77,7 @@ def parse(Config, presets, doc, argv=None, preset="paper", **paths):
         elif isinstance(value, bool):
             kind = dict(action=argparse.BooleanOptionalAction, metavar="")
         elif isinstance(value, tuple):
-            kind = dict(type=number(field.name, type((*value, "")[0]), ","), metavar="A,B,…")
+            kind = dict(type=number(field.name, type((*value, "")[0]), True), metavar="A,B,…")
         else:
             kind = dict(type=type(value), metavar="X")
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
@@ -107,98 +109,68 @@ def describe(name, presets, preset, comment):
     return (f"{comment} ({text})" if comment else text).replace("%", "%%")
 
 
-def number(name, kind, comma=None):
-    """An argparse type: reads a number for the option `name`, or with a comma a tuple of them."""
+def number(name, kind, several=False):
+    """An argparse type: text -> a number in the range of `name`; several: a tuple, with commas."""
+    low, high, *step = next((limits for pattern, limits in RANGES.items()
+                             if re.fullmatch(pattern, name)), (int(kind is int), 2 ** 31))
+
     def read(text):
-        value = tuple(map(kind, text.split(comma))) if comma else kind(text)
-        if out_of_range(name, value):
-            raise argparse.ArgumentTypeError(f"{text}: expected {out_of_range(name, value)}")
-        return value
-    read.__name__ = f"tuple of {kind.__name__}" if comma else kind.__name__     # for its errors
+        values = tuple(map(kind, text.split(",") if text else ())) if several else (kind(text),)
+        for one in values if kind in (int, float) else ():
+            if not low <= one <= high or step and one % step[0]:          # NaN is in no range
+                raise argparse.ArgumentTypeError(
+                    f"{text}: expected {low} to {high}" + f", a multiple of {step}" * bool(step))
+        return values if several else values[0]
+    read.__name__ = f"tuple of {kind.__name__}" if several else kind.__name__   # in its errors
     return read
 
 
-def out_of_range(name, value):
-    """What was expected of a number of that name, or of each in a tuple; None if it is so."""
-    if isinstance(value, tuple):
-        return next(filter(None, (out_of_range(name, one) for one in value)), None)
-    if not isinstance(value, (int, float)):
-        return None
-    usual = (1, 2 ** 31) if type(value) is int else (0, 1e9)
-    low, high, *step = next((limits for pattern, limits in RANGES.items()
-                             if re.fullmatch(pattern, name)), usual)
-    if low <= value <= high and not (step and value % step[0]):           # NaN is in no range
-        return None
-    return "".join(f"a multiple of {one} from " for one in step) + f"{low:g} to {high:g}"
-
-
 def check_config(Config, found, path):
-    """Raise UsageError if a value of the dict `found`, a config in the file `path`, is of another
-    type than the field of Config or out of range.
+    """The dict `found`, a config in the file `path`, read as the command line is -> a dict. Raises
+    UsageError: a value out of range or of another kind than the field of Config.
     """
-    for field in dataclasses.fields(Config):
-        usual, value = field.default, found.get(field.name, field.default)
-        several, expected = isinstance(usual, tuple), out_of_range(field.name, value)
-        kind = type((*usual, "")[0] if several else usual)
-        if get_origin(field.type) is Literal and value not in get_args(field.type):
-            expected = " or ".join(get_args(field.type))
-        elif several != isinstance(value, tuple) or not all(
-                type(one) in (kind, int if kind is float else kind)
-                for one in (value if several else [value])):
-            expected = f"{'a tuple of ' * several}{kind.__name__}"
-        if expected:
-            raise UsageError(f"{path}: found {field.name} {repr(value)[:60]}, expected {expected}")
-
-
-def show_all():
-    """What the console's encoding lacks is printed as ?, and is no error."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    out = dict(found)
+    for field in (one for one in dataclasses.fields(Config) if one.name in found):
+        value, usual, choices = found[field.name], field.default, get_args(field.type)
+        several = isinstance(usual, tuple)
+        kind = {"True": True, "False": False}.__getitem__ if type(usual) is bool else number(
+            field.name, type((*usual, "")[0] if several else usual), several)
+        try:
+            out[field.name] = kind(",".join(map(str, value)) if several else str(value))
+            if choices and value not in choices:
+                raise ValueError
+        except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
+            raise UsageError(f"{path}: {field.name} is {repr(value)[:60]}, which --help does not "
+                             f"allow {error}") from None
+    return out
 
 
 def start(main, *arguments):
-    """Run `main`; an error that the user can put right ends the program with one sentence."""
-    show_all()
+    """Run `main`; an error that its user can put right ends the program with one sentence.
+
+    That is a UsageError, a ValueError that a stage file raises, whatever the system refuses, full
+    memory, and --compile without a compiler. Any other keeps its traceback.
+    """
     try:
         return main(*arguments)
     except KeyboardInterrupt:
         sys.exit("stopped; nothing more was saved, and the same command goes on from what was")
     except Exception as error:
-        if sentence(error) is None:
+        text, last = str(error).strip(), traceback.extract_tb(error.__traceback__)[-1]
+        lines = text.splitlines() or [repr(error)]
+        ours = Path(last.filename).resolve().parent == ROOT and "raise" in (last.line or "")
+        if "Caught " in lines[0] and "DataLoader" in lines[0]:            # with its own traceback
+            text = lines[-1].partition(": ")[2]
+        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or re.match(
+                "DataLoader worker|.*DefaultCPUAllocator", text):
+            text = (f"the memory is full ({lines[0][:200]}); try half the --batch-size with twice "
+                    "the --accumulate, a smaller --size, or fewer --workers")
+        elif re.search("InvalidCxxCompiler|CppCompileError", text):
+            text = "--compile needs a C++ compiler that works, such as g++; get one or leave it out"
+        elif not isinstance(error, (UsageError, OSError, torch.distributed.DistError)) and not (
+                ours and isinstance(error, ValueError)):
             raise
-        sys.exit(sentence(error))
-
-
-def sentence(error):
-    """What the user is told of an error. None: of any other kind, which keeps its traceback.
-
-    For the user are a UsageError, a ValueError that a stage file raises above its banner, files
-    that cannot be read or written, full memory, and --compile without a compiler.
-    """
-    text = str(error)
-    if text.startswith("Caught ") and "DataLoader worker" in text:        # its own traceback
-        text = text.strip().splitlines()[-1].partition(": ")[2]
-    if isinstance(error, (UsageError, OSError)) or isinstance(error, ValueError) and raised_here(
-            error):
-        return text
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return (f"the GPU's memory is full ({text.partition('.')[0]}); try half the --batch-size "
-                "with twice the --accumulate")
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or (
-            text.startswith("DataLoader worker")):
-        return (f"the memory does not suffice ({text.splitlines()[0] if text else 'it is full'}); "
-                "try a smaller --batch-size or --size, or fewer --workers")
-    if re.search("InvalidCxxCompiler|CppCompileError", text):
-        return "--compile needs a C++ compiler that works, such as g++; install one or leave it out"
-    return None
-
-
-def raised_here(error):
-    """Whether a `raise` in this project made the error, not a library or a built-in."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    path = Path(last.filename)
-    return path.is_relative_to(ROOT) and ".venv" not in path.parts and "raise" in (last.line or "")
+        sys.exit(text)
 
 
 def read_json(path, fields, content=None):
