@@ -16,6 +16,9 @@ PNG's metadata. Picture i of a seed is the same whatever is drawn beside it.
 
 import argparse
 import json
+import os
+import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +37,7 @@ from plumbing.cli import UsageError
 
 PARTS = dict(a="stage_a", b="stage_b", c="stage_c", compressor="stage_b")
 RUN = {part: f"{stage}/checkpoint.pt" for part, stage in PARTS.items()}    # what training leaves
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")                 # which keep the settings
 POCKET = {part: checkpoint.POCKET / f"{stage}.safetensors" for part, stage in PARTS.items()}
 
 
@@ -134,9 +138,13 @@ def reconstruct(chain, path, prompt, settings):
         image = data.decode(Path(path).read_bytes())
     except (OSError, data.BadSample) as error:
         raise UsageError(f"{path}: expected an image that Pillow reads ({error})") from None
-    size = tuple(max(128, round(side / 128) * 128) for side in image.size)
+    trained = chain.b.config.image_size
+    scale = min(1, trained / min(image.size)) / 128
+    size = settings.size or tuple(
+        min(max(128, round(side * scale) * 128), 4 * trained) for side in image.size)
     if size != image.size:
-        print(f"{path}: {image.size[0]}x{image.size[1]} is resized to {size[0]}x{size[1]}")
+        print(f"{path}: {image.size[0]}x{image.size[1]} is resized to {size[0]}x{size[1]}, about "
+              f"the {trained} px of training (--size overrides)")
         image = image.resize(size, Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255   # (1, 3, H, W), [0, 1]
     pixels = pixels.to(next(chain.a.parameters()).device)
@@ -157,10 +165,35 @@ def width_x_height(text):
     width, height = [int(side) for side in text.lower().split("x")]
     low, high = (f"{max(128, (width + more) // 128 * 128)}x{max(128, (height + more) // 128 * 128)}"
                  for more in (0, 127))
-    if f"{width}x{height}" != low:
-        raise argparse.ArgumentTypeError(f"{text}: sides must be multiples of 128, so that both "
-                                         f"latent grids are whole; near are {low} and {high}")
+    if f"{width}x{height}" != low or max(width, height) > 2 ** 14:
+        raise argparse.ArgumentTypeError(f"{text}: sides must be multiples of 128 to 16384, so that "
+                                         f"both grids are whole; near are {low} and {high}")
     return width, height
+
+
+def check_out(path):
+    """Refuse, before the work, a file that could not be written after it. Raises UsageError."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS or path.exists() and not path.is_file():
+        raise UsageError(f"--out {path}: expected a file that ends in {', '.join(FORMATS)}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--out {path}: its folder does not exist, or it may not be written")
+
+
+def save(image, path, about):
+    """Write a picture with its settings, as a PNG's parameters or as Exif's ImageDescription. Where
+    it cannot be written it goes into the folder for temporary files. Raises UsageError.
+    """
+    info, exif = PngInfo(), Image.Exif()
+    info.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
+    exif[0x010E] = json.dumps(about)
+    try:
+        png = str(path).lower().endswith(".png")
+        image.save(path, **({"pnginfo": info} if png else {"exif": exif, "quality": 95}))
+    except (OSError, ValueError) as error:
+        with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as file:
+            image.save(file, "PNG", pnginfo=info)
+        raise UsageError(f"--out {path}: {error}; the picture is in {file.name}") from None
 
 
 def steps(text):
@@ -188,6 +221,7 @@ def options():
     add("--batch-size", type=int, default=16, help="pictures drawn at once (16)")
     add("--stages", action="store_true", help="show the steps to one picture")
     add("--reconstruct", metavar="IMAGE", help="what each stage loses of an image")
+    add("--device", choices=("cuda", "mps", "cpu"), help="the first that is there")
     return parser
 
 
@@ -201,10 +235,11 @@ def main(argv=None):
     prompts = settings.prompt + [line.strip() for line in lines if line.strip()]
     if not prompts and not settings.reconstruct:
         raise UsageError('no prompt: give one, as `python sample.py "a red star"`')
-    if not Path(settings.out).parent.is_dir():
-        raise UsageError(f"--out {settings.out}: its folder does not exist")
+    if re.search("[\ud800-\udfff]", "".join([*prompts, settings.negative])):
+        raise UsageError("a prompt holds bytes that are not UTF-8 text")
+    check_out(settings.out)
 
-    device = training.setup(settings.seed)
+    device = training.setup(settings.seed, settings.device)
     paths = find(settings.weights, "ab" if settings.reconstruct else "abc")
     chain = load_chain(**paths, clip=settings.clip, device=device)
     settings.size = settings.size or chain.c and (chain.c.config.image_size,) * 2
@@ -223,9 +258,7 @@ def main(argv=None):
                  pictures.to_pil(images[0]))
     about = {name: value for name, value in vars(settings).items()
              if name not in ("prompt", "out", "clip", "batch_size")}
-    info = PngInfo()
-    info.add_itxt("parameters", json.dumps(dict(about, prompts=prompts), ensure_ascii=False))
-    sheet.save(settings.out, pnginfo=info)
+    save(sheet, settings.out, dict(about, prompts=prompts))
     print(settings.out)
 
 

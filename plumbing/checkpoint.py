@@ -80,11 +80,11 @@ def damaged(path, *state):
         return file.testzip()
 
 
-MADE_BY = {stage: f"Stage {name}, as `python stage_{name[0].lower()}.py --data …` makes it{more}"
-           for stage, name, more in (
-               ("A", "A", "; or name it with --stage-a"), ("C", "C", ""),
-               ("B", "B", "; or name it with --stage-b"), ("compressor", "B with the trained "
-                "Semantic Compressor", "; or name it with --stage-b"))}
+MADE_BY = {"A": "Stage A, as `python stage_a.py --data …` makes it; or name it with --stage-a",
+           "B": "Stage B, as `python stage_b.py --data …` makes it; or name it with --stage-b",
+           "C": "Stage C, as `python stage_c.py --data …` makes it",
+           "compressor": "Stage B with the trained Semantic Compressor, as `python stage_b.py "
+                         "--data …` makes it; or name it with --stage-b"}
 KINDS = {**dict.fromkeys(("config", "model", "ema", "compressor_config", "compressor_ema", "probe",
                           "text_encoder", "batches", "optimizer"), dict),      # of a checkpoint
          **dict.fromkeys(("step", "skipped", "processes"), int), "errors": list}

@@ -213,6 +213,9 @@ class Run:
         pairs += [(name, value, state.get(name)) for name, value in self.must_match.items()]
         differ = [f"{name} is {new}, was {old}" for name, new, old in pairs if new != old]
         if differ:
+            keep, rest = divmod(then["batch-size x accumulate x processes"],
+                                self.config.batch_size * world())
+            differ[-1] += f"; --accumulate {keep} keeps the batch" * (not rest)
             raise cli.UsageError(f"{path}: this run was started with another configuration "
                                  f"({'; '.join(differ)}); give the old values to go on with it, "
                                  "or another --out to start anew")

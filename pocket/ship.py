@@ -75,7 +75,8 @@ def measure(chain, n=64):
 def write(path, state, tensors, origin):
     """One safetensors file; `state` is JSON in its metadata."""
     save_file({name: value.contiguous() for name, value in tensors.items()}, path,
-              {"format": "pt", "checkpoint": json.dumps(state), "provenance": json.dumps(origin)})
+              {"format": "pt", "checkpoint": json.dumps(state), "provenance": json.dumps(origin),
+               "sha256": checkpoint.checksum(tensors)})
 
 
 def ship(paths, out):
