@@ -166,8 +166,8 @@ def width_x_height(text):
     low, high = (f"{max(128, (width + more) // 128 * 128)}x{max(128, (height + more) // 128 * 128)}"
                  for more in (0, 127))
     if f"{width}x{height}" != low or max(width, height) > 2 ** 14:
-        raise argparse.ArgumentTypeError(f"{text}: sides must be multiples of 128 to 16384, so that "
-                                         f"both grids are whole; near are {low} and {high}")
+        raise argparse.ArgumentTypeError(f"{text}: sides must be multiples of 128 to 16384, so "
+                                         f"that both grids are whole; near are {low} and {high}")
     return width, height
 
 
@@ -257,7 +257,7 @@ def main(argv=None):
         sheet = (pictures.grid(images, columns, jobs) if len(jobs) > 1 else
                  pictures.to_pil(images[0]))
     about = {name: value for name, value in vars(settings).items()
-             if name not in ("prompt", "out", "clip", "batch_size")}
+             if name not in ("prompt", "out", "clip", "batch_size", "device")}
     save(sheet, settings.out, dict(about, prompts=prompts))
     print(settings.out)
 

@@ -43,9 +43,11 @@ def save_checkpoint(path, state):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:                  # torch's hides an OSError
-        raise UsageError(f"{aside}: cannot be written ({error.__context__ or error}); {path} is as "
-                         "it was, and the same command goes on once this is put right") from None
+    except (OSError, RuntimeError) as error:
+        while error.__context__:                              # torch's hides an OSError
+            error = error.__context__
+        raise UsageError(f"{aside}: cannot be written ({error}); {path} is as it was, and the same "
+                         "command goes on once this is put right") from None
     os.replace(aside, path)
     if os.name != "nt":                                       # Windows opens no folder
         folder = os.open(path.parent, os.O_RDONLY)            # the rename itself must survive, too
@@ -117,7 +119,8 @@ def load_checkpoint(path, stage):
     if found != stage.replace("compressor", "B"):
         raise UsageError(f"{path}: found a checkpoint of {found!r}, expected one of stage "
                          f"{stage!r}")
-    wrong = [name for name, kind in KINDS.items() if not isinstance(state.get(name, kind()), kind)]
+    wrong = [name for name, kind in KINDS.items() if not isinstance(state.get(name, kind()), kind)
+             or kind is int and state.get(name, 0) < 0]
     if wrong or not all(isinstance(one, str) for one in state.get("text_encoder", {}).values()):
         raise UsageError(f"{path}: not a readable checkpoint ({(*wrong, 'text_encoder')[0]} in it "
                          "is of another type than was written)")

@@ -24,6 +24,7 @@ RANGES = {
     "warmup|cooldown|min_size|adversarial_start|heads": (0, 2 ** 31), "per_shard": (1, 10_000),
     "depth|.*blocks": (1, 1000), "timestep_width": (4, 10_000, 2), "crop": (32, 2 ** 14, 4),
     "image_size": (128, 2 ** 14, 128), "guidance.*|latent_mean|min_aesthetic": (-1e9, 1e9),
+    ".*width.*|.*channels|codebook_size": (1, 10 ** 6), "patch_size": (1, 64),
     "t_power|latent_std": (1e-9, 1e9), "ema|.*(drop|noise|share|max_p).*": (0, 1)}
 
 
@@ -91,6 +92,7 @@ def parse(Config, presets, doc, argv=None, preset="paper", **paths):
     return dataclasses.replace(presets[others["preset"]], **changed), argparse.Namespace(**others)
 
 
+@functools.cache
 def field_comments(Config):
     """{field: the comment at the end of its line}, from the source of the dataclass."""
     lines = inspect.getsource(Config).splitlines()
