@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import os
 import re
 import sys
 import traceback
@@ -33,15 +32,13 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Of any command: a line for an option where it fits, numbers in RANGES. What the console's
-    encoding lacks is printed as ?.
-    """
+    """Of any command: numbers in RANGES; what the console's encoding lacks is printed as ?."""
 
     def __init__(self, description, **more):
-        style = functools.partial(argparse.RawDescriptionHelpFormatter, width=160,
-                                  max_help_position=32)
-        super().__init__(description=description, formatter_class=style, usage=argparse.SUPPRESS,
-                         **more)
+        super().__init__(
+            description=description, usage=argparse.SUPPRESS, **more,    # a line for an option
+            formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=160,
+                                              max_help_position=32))
         for stream in (sys.stdout, sys.stderr):
             getattr(stream, "reconfigure", dict)(errors="replace")
 
@@ -51,10 +48,8 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **more)
 
     def error(self, message):
-        if os.path.exists(message.removeprefix("unrecognized arguments: ").split(" ")[0]):
-            message += ": more files than an option takes, as when the shell expands a pattern; " \
-                       "put it in quotes"
-        super().error(message)
+        hint = ": is this a pattern that the shell expanded? Then put it in quotes"
+        super().error(message + hint * message.startswith("unrecognized"))
 
 
 def parse(Config, presets, doc, argv=None, preset="paper", **paths):
@@ -128,22 +123,19 @@ def number(name, kind, several=False):
 
 
 def check_config(Config, found, path):
-    """The dict `found`, a config in the file `path`, read as the command line is -> a dict. Raises
-    UsageError: a value out of range or of another kind than the field of Config.
-    """
+    """The config `found` in the file `path`, read as the command line is: a dict. Or UsageError."""
     out = dict(found)
-    for field in (one for one in dataclasses.fields(Config) if one.name in found):
-        value, usual, choices = found[field.name], field.default, get_args(field.type)
+    for field in dataclasses.fields(Config):
+        usual, value = field.default, found.get(field.name, field.default)
+        choices = (True, False) if type(usual) is bool else get_args(field.type)
         several = isinstance(usual, tuple)
-        kind = {"True": True, "False": False}.__getitem__ if type(usual) is bool else number(
-            field.name, type((*usual, "")[0] if several else usual), several)
+        read = number(field.name, type((*usual, "")[0] if several else usual), several)
         try:
-            out[field.name] = kind(",".join(map(str, value)) if several else str(value))
-            if choices and value not in choices:
-                raise ValueError
-        except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
-            raise UsageError(f"{path}: {field.name} is {repr(value)[:60]}, which --help does not "
-                             f"allow {error}") from None
+            out[field.name] = (choices[choices.index(value)] if choices else
+                               read(",".join(map(str, value)) if several else str(value)))
+        except (TypeError, ValueError, RuntimeError, argparse.ArgumentTypeError):
+            raise UsageError(f"{path}: found {field.name} {repr(value)[:60]}, expected one of "
+                             f"{choices or 'its range in --help'}, such as {usual}") from None
     return out
 
 

@@ -26,8 +26,7 @@ from plumbing import checkpoint, cli
 
 def setup(seed, device=None):
     """-> the device of this process: `device`, else what --device names, else the best there is.
-    Joins the other processes if `torchrun` started several. Raises UsageError.
-    """
+    Joins the other processes if `torchrun` started several. Raises UsageError."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     device = device or cli.CHOSEN["device"] or max(there, key=there.get)  # of equals the first
     index, told = int(os.environ.get("LOCAL_RANK", 0)), os.environ
@@ -44,13 +43,11 @@ def setup(seed, device=None):
     several = told.get("WORLD_SIZE", told.get("SLURM_NTASKS", "1"))
     missing = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(told)
     if several != "1" and missing:
-        raise cli.UsageError(f"WORLD_SIZE or SLURM_NTASKS says {several} processes, but "
-                             f"{', '.join(sorted(missing))} is not set: start one torchrun on each "
-                             "machine, which sets all; or unset both to train alone")
+        raise cli.UsageError(f"WORLD_SIZE or SLURM_NTASKS is {several}, and {min(missing)} is not "
+                             "set: start one torchrun on each machine; or unset both to be alone")
     if several != "1" and not dist.is_initialized():
         if "TORCHELASTIC_RUN_ID" not in told:
-            print(f"process {told['RANK']} waits for all {several} at {told['MASTER_ADDR']}:"
-                  f"{told['MASTER_PORT']}; to train alone, unset WORLD_SIZE", flush=True)
+            print(f"waiting for {several} processes; to be alone, unset WORLD_SIZE", flush=True)
         dist.init_process_group("nccl" if device == "cuda" and dist.is_nccl_available() else "gloo")
     torch.manual_seed(seed)
     return torch.device(device, index) if device == "cuda" else torch.device(device)
@@ -139,6 +136,7 @@ EDGES = (0.25, 0.5, 0.75, 1.0)                            # upper ends of the qu
 MAY_CHANGE = {"batch_size", "accumulate", "steps", "cooldown", "workers", "compile",
               "checkpoint_activations", "log_every", "preview_every", "save_every", "latent_mean",
               "latent_std", "guidance"}
+BATCH = "batch-size x accumulate x processes"
 
 
 def by_level(record):
@@ -179,16 +177,14 @@ class Run:
         path = self.out / "checkpoint.pt"
         for name in ("checkpoint.pt", "checkpoint.pt.tmp", "log.jsonl", ".lock"):
             if os.path.lexists(self.out / name) and not os.path.isfile(self.out / name):
-                raise cli.UsageError(f"{self.out / name}: expected a file or nothing, found a "
-                                     "folder, a link to nothing or a device")
+                raise cli.UsageError(f"{self.out / name}: is in the way, as it is no file")
         found = torch.tensor(float(path.is_file()), device=self.device)
         if rank() == 0 and not locked(self.out / ".lock"):
             found -= 2 * world()
         if world() > 1:
             dist.all_reduce(found)
         if found < 0:
-            raise cli.UsageError(f"{self.out}: another process trains there; wait for its end, or "
-                                 "give another --out")
+            raise cli.UsageError(f"{self.out}: another process trains there; wait for its end")
         if found.item() not in (0, world()):
             raise cli.UsageError(f"{path}: some processes find it and others do not; --out has to "
                                  "be on a disk that all machines share")
@@ -205,16 +201,14 @@ class Run:
                                  "to begin with its weights")
         now = dataclasses.asdict(self.config)
         then = now | cli.check_config(type(self.config), state["config"], path)
-        for one, processes in (now, world()), (then, state.get("processes", world())):
-            one["batch-size x accumulate x processes"] = (
-                one["batch_size"] * one["accumulate"] * processes)
+        for one, n in (now, world()), (then, state.get("processes", world())):
+            one[BATCH] = one["batch_size"] * one["accumulate"] * n
         pairs = [(f"--{name.replace('_', '-')}", value, then.get(name))
                  for name, value in now.items() if name not in MAY_CHANGE]
         pairs += [(name, value, state.get(name)) for name, value in self.must_match.items()]
         differ = [f"{name} is {new}, was {old}" for name, new, old in pairs if new != old]
         if differ:
-            keep, rest = divmod(then["batch-size x accumulate x processes"],
-                                self.config.batch_size * world())
+            keep, rest = divmod(then[BATCH], self.config.batch_size * world())
             differ[-1] += f"; --accumulate {keep} keeps the batch" * (not rest)
             raise cli.UsageError(f"{path}: this run was started with another configuration "
                                  f"({'; '.join(differ)}); give the old values to go on with it, "
@@ -236,8 +230,8 @@ class Run:
                                    for pair in getattr(part, "state", {}).items()):
                     [torch.broadcast_to(value, one.shape) for value in state.values()]
             except checkpoint.UNREADABLE as error:
-                raise cli.UsageError(f"{self.out}/checkpoint.pt: does not hold the state of this "
-                                     f"training ({str(error).strip()[:300]})") from None
+                raise cli.UsageError(f"{self.out}/checkpoint.pt: not the state of this training "
+                                     f"({str(error).strip()[:300]})") from None
             self.skipped = self.state["skipped"]
         self.state = None                                     # its memory is needed
 
@@ -269,9 +263,8 @@ class Run:
             for step in range(self.step, config.steps):
                 torch.manual_seed(int(np.random.SeedSequence(
                     (config.seed, rank(), step)).generate_state(1, np.uint64)[0]))
-                self.buffers = [
-                    (buffer, buffer.clone()) for part in self.parts.values()
-                    if isinstance(part, torch.nn.Module) for buffer in part.buffers()]
+                self.buffers = [(one, one.clone()) for part in self.parts.values()
+                                for one in getattr(part, "buffers", list)()]
                 self.begun = time.perf_counter()
                 yield step
                 if self.stopping:
@@ -280,11 +273,11 @@ class Run:
             self.bar.close()
             for one, handler in before.items():
                 signal.signal(one, handler)
-        self.say((f"stopped on request, saved in {self.out}; the same command goes on from there"
-                  if self.step < config.steps else
-                  f"finished; checkpoint, log and previews are in {self.out}")
-                 + f"; the last {self.in_a_row} steps were not finite: not saved"
-                 * bool(self.in_a_row))
+        lost = f" but for {self.in_a_row} last steps, not finite" * bool(self.in_a_row)
+        self.say(f"stopped on request, saved in {self.out}{lost}; the same command goes on from "
+                 "there"
+                 if self.step < config.steps else
+                 f"finished; checkpoint, log and previews are in {self.out}{lost}")
 
     def ask(self, *_):
         """The first signal: stop after this step. A second Ctrl-C: at once."""

@@ -185,7 +185,7 @@ def test_processes_that_do_not_know_of_each_other(told, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match="MASTER_PORT.* is not set: start one torchrun"):
+    with pytest.raises(UsageError, match="is not set: start one torchrun"):
         training.setup(0)
 
 
@@ -267,7 +267,7 @@ def test_no_signal_is_lost(tmp_path):
 def test_what_is_in_the_way(name, make, tmp_path):
     """A folder, a fifo or a dangling link where the run will write: refused before the work."""
     make(tmp_path / name)
-    with pytest.raises(UsageError, match=f"{name}: expected a file or nothing"):
+    with pytest.raises(UsageError, match=f"{name}: is in the way"):
         run_in(tmp_path)
 
 
@@ -357,7 +357,8 @@ def test_odd_metadata_of_safetensors(about, tmp_path):
         stage_c.load(tmp_path / "c.safetensors")
 
 
-def test_resuming_from_odd_contents(tmp_path):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_resuming_from_odd_contents(every, tmp_path):
     """A training goes on, or says in one sentence why it does not."""
     saved(tmp_path)
     path = tmp_path / "checkpoint.pt"
@@ -369,7 +370,7 @@ def test_resuming_from_odd_contents(tmp_path):
     moments = good["optimizer"]["state"]
     states += [dict(good, optimizer=dict(good["optimizer"], state={
         **moments, 0: {**moments[0], "exp_avg": odd}})) for odd in (torch.zeros(7), "x", None)]
-    for state in states:
+    for state in states[::every] + states[-3:]:
         torch.save(state, path)
         try:
             saved(tmp_path, step=9)
