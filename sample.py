@@ -17,7 +17,6 @@ PNG's metadata. Picture i of a seed is the same whatever is drawn beside it.
 import argparse
 import json
 import os
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,17 +172,16 @@ def width_x_height(text):
 
 def check_out(path):
     """Refuse, before the work, a file that could not be written after it. Raises UsageError."""
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS or path.exists() and not path.is_file():
-        raise UsageError(f"--out {path}: expected a file that ends in {', '.join(FORMATS)}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"--out {path}: its folder does not exist, or it may not be written")
+    path, there = Path(path), os.path.exists(path)
+    if (path.suffix.lower() not in FORMATS or there and not path.is_file()
+            or not os.access(path if there else path.parent, os.W_OK)):
+        raise UsageError(f"--out {path}: expected a file in a folder that is there, which may be "
+                         f"written and ends in {', '.join(FORMATS)}")
 
 
 def save(image, path, about):
-    """Write a picture with its settings, as a PNG's parameters or as Exif's ImageDescription. Where
-    it cannot be written it goes into the folder for temporary files. Raises UsageError.
-    """
+    """Write a picture with its settings: a PNG's parameters, or Exif's ImageDescription. Where that
+    fails it goes into the folder for temporary files. Raises UsageError."""
     info, exif = PngInfo(), Image.Exif()
     info.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
     exif[0x010E] = json.dumps(about)
@@ -228,15 +226,14 @@ def options():
 def main(argv=None):
     settings = options().parse_args(argv)
     try:
+        " ".join([*settings.prompt, settings.negative]).encode()
         lines = Path(settings.prompts).read_text("utf-8").splitlines() if settings.prompts else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{settings.prompts}: expected UTF-8 text, a prompt on each line "
-                         f"({error})") from None
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{settings.prompts or 'the prompt'}: expected UTF-8 text, a prompt on "
+                         f"each line ({error})") from None
     prompts = settings.prompt + [line.strip() for line in lines if line.strip()]
     if not prompts and not settings.reconstruct:
         raise UsageError('no prompt: give one, as `python sample.py "a red star"`')
-    if re.search("[\ud800-\udfff]", "".join([*prompts, settings.negative])):
-        raise UsageError("a prompt holds bytes that are not UTF-8 text")
     check_out(settings.out)
 
     device = training.setup(settings.seed, settings.device)

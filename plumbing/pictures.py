@@ -5,8 +5,7 @@ import unicodedata
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-SPELT = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "ß": "ss",
-                       "æ": "ae", "ø": "oe", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-"})
+SPELT = str.maketrans(dict(zip("äöüÄÖÜßæø’“”–—", "ae oe ue Ae Oe Ue ss ae oe ' \" \" - -".split())))
 
 
 def to_pil(image):
@@ -36,8 +35,8 @@ def grid(images, columns, captions=None, scale=1):
 def plain(text):
     """Text in ASCII, which is what Pillow's own font has: ä is ae, é is e, what is left is ?."""
     text = unicodedata.normalize("NFKD", unicodedata.normalize("NFC", text).translate(SPELT))
-    return "".join(one for one in text if not unicodedata.combining(one)).encode(
-        "ascii", "replace").decode()
+    text = "".join(one for one in text if not unicodedata.combining(one))
+    return text.encode("ascii", "replace").decode()
 
 
 def wrap(text, width, font):

@@ -458,7 +458,7 @@ def test_picture_is_never_lost(name, about, tmp_path):
 
 
 def test_prompt_that_is_no_text():
-    with pytest.raises(UsageError, match="not UTF-8"):
+    with pytest.raises(UsageError, match="the prompt: expected UTF-8"):
         sample.main(["a \udcff star"])
 
 
