@@ -383,6 +383,8 @@ RELEASED_LEVELS = (*(1 - i / 57 for i in range(20)), *((10 - i) / 15 for i in ra
 
 # ---- training ------------------------------------------------------------------------------------
 
+import re
+
 import data
 import semantic_compressor
 import stage_b
@@ -463,6 +465,8 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None):
 def training_data(config, source, compressor):
     """Images at Stage A's size, at the compressor's for --sizes; or latents if source has them."""
     cached = semantic_compressor.cached(source, compressor)
+    if not all(re.fullmatch(r"[1-9]\d{1,3}x[1-9]\d{1,3}", size) for size in config.sizes):
+        raise cli.UsageError(f"--sizes {','.join(config.sizes)}: expected HxW,HxW,…")
     sizes = [tuple(int(side) for side in size.split("x")) for size in config.sizes]     # (H, W)
     if sizes and (cached or config.remember):
         raise cli.UsageError("--sizes: batches of several sizes are made from images as training "

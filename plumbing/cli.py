@@ -23,8 +23,9 @@ RANGES = {
     "warmup|cooldown|min_size|adversarial_start|heads": (0, 2 ** 31), "per_shard": (1, 10_000),
     "depth|.*blocks": (1, 1000), "timestep_width": (4, 10_000, 2), "crop": (32, 2 ** 14, 4),
     "image_size": (128, 2 ** 14, 128), "guidance.*|latent_mean|min_aesthetic": (-1e9, 1e9),
-    ".*width.*|.*channels|codebook_size": (1, 10 ** 6), "patch_size": (1, 64),
-    "t_power|latent_std": (1e-9, 1e9), "ema|.*(drop|noise|share|max_p).*": (0, 1)}
+    "sem_channels": (16, 16), ".*width.*|.*channels|codebook_size": (1, 10 ** 6),
+    "patch_size": (1, 64), "t_power|latent_std": (1e-9, 1e9),
+    "ema|.*(drop|noise|share|max_p).*": (0, 1)}
 
 
 class UsageError(ValueError):

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import sample
+import semantic_compressor
 import stage_a
 import stage_b
 import stage_c
@@ -40,7 +41,8 @@ CPU = torch.device("cpu")
         "preview-every": (0,), "steps": (0, -3, 10 ** 30), "grad-clip": ("nan",)}.items()
     for value in values for stage in "abc"] + [
     ("a", "crop", 7), ("a", "crop", 66), ("a", "codebook-size", 0), ("a", "latent-channels", 0),
-    ("a", "quantise-drop", 1.5), ("a", "widths", "8,0"), ("b", "heads", "0,-1,2"),
+    ("a", "quantise-drop", 1.5), ("a", "widths", "8,0"), ("b", "sem-channels", 8),
+    ("b", "heads", "0,-1,2"),
     ("b", "dropout", -0.1), ("b", "ema", 2), ("b", "image-size", 100), ("c", "image-size", 0),
     ("c", "depth", 0), ("c", "depth", 10 ** 9), ("c", "timestep-width", 3), ("c", "heads", "x")])
 def test_flags_out_of_range(stage, flag, value, capsys):
@@ -72,6 +74,14 @@ def test_sizes_that_make_no_model(module, Model, change):
     config = replace(module.PRESETS["pocket"], **change)
     with pytest.raises(SystemExit, match="found .*(expected|need)"):
         cli.start(Model, config)
+
+
+@pytest.mark.parametrize("sizes", [("96",), ("96x",), ("axb", "96x96"), ("1x1",), ("9" * 5000,)])
+def test_sizes_of_batches(sizes, drawings):
+    """--sizes that are no HxW: a sentence."""
+    compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])
+    with pytest.raises(UsageError, match="expected HxW,HxW"):
+        stage_c.training_data(replace(TINY_C, sizes=sizes, remember=False), drawings, compressor)
 
 
 @pytest.mark.parametrize("encoding", ["cp932", "cp437", "ascii"])
