@@ -152,14 +152,13 @@ def start(main, *arguments):
         sys.exit("stopped; nothing more was saved, and the same command goes on from what was")
     except Exception as error:
         text, last = str(error).strip(), traceback.extract_tb(error.__traceback__)[-1]
-        lines = text.splitlines() or [repr(error)]
         ours = Path(last.filename).resolve().parent == ROOT and "raise" in (last.line or "")
-        if "Caught " in lines[0] and "DataLoader" in lines[0]:            # with its own traceback
-            text = lines[-1].partition(": ")[2]
+        if text.startswith("Caught ") and "DataLoader" in text:           # with its own traceback
+            text = text.splitlines()[-1].partition(": ")[2]
         if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or re.match(
                 "DataLoader worker|.*DefaultCPUAllocator", text):
-            text = (f"the memory is full ({lines[0][:200]}); try half the --batch-size with twice "
-                    "the --accumulate, a smaller --size, or fewer --workers")
+            text = (f"the memory is full ({' '.join(text.split())[:200]}); try half the "
+                    "--batch-size with twice the --accumulate, a smaller --size, fewer --workers")
         elif re.search("InvalidCxxCompiler|CppCompileError", text):
             text = "--compile needs a C++ compiler that works, such as g++; get one or leave it out"
         elif not isinstance(error, (UsageError, OSError, torch.distributed.DistError)) and not (
