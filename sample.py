@@ -14,6 +14,8 @@ PNG's metadata. Picture i of a seed is the same whatever is drawn beside it.
 
 import argparse
 import json
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from plumbing.cli import UsageError
 
 PARTS = dict(a="stage_a", b="stage_b", c="stage_c", compressor="stage_b")
 RUN = {part: f"{stage}/checkpoint.pt" for part, stage in PARTS.items()}    # what training leaves
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")                 # which keep the settings
 POCKET = {part: checkpoint.POCKET / f"{stage}.safetensors" for part, stage in PARTS.items()}
 
 
@@ -144,9 +147,13 @@ def reconstruct(chain, path, prompt, settings):
         image = data.decode(Path(path).read_bytes())
     except (OSError, data.BadSample) as error:
         raise UsageError(f"{path}: expected an image that Pillow reads ({error})") from None
-    size = tuple(max(128, round(side / 128) * 128) for side in image.size)
+    trained = chain.b.config.image_size
+    scale = min(1, trained / min(image.size)) / 128
+    size = settings.size or tuple(
+        min(max(128, round(side * scale) * 128), 4 * trained) for side in image.size)
     if size != image.size:
-        print(f"{path}: {image.size[0]}x{image.size[1]} is resized to {size[0]}x{size[1]}")
+        print(f"{path}: {image.size[0]}x{image.size[1]} is resized to {size[0]}x{size[1]}, about "
+              f"the {trained} px of training (--size overrides)")
         image = image.resize(size, Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255   # (1, 3, H, W), [0, 1]
     pixels = pixels.to(next(chain.a.parameters()).device)
@@ -167,26 +174,47 @@ def width_x_height(text):
     width, height = [int(side) for side in text.lower().split("x")]
     low, high = (f"{max(128, (width + more) // 128 * 128)}x{max(128, (height + more) // 128 * 128)}"
                  for more in (0, 127))
-    if f"{width}x{height}" != low:
-        raise argparse.ArgumentTypeError(f"{text}: sides must be multiples of 128, so that both "
-                                         f"latent grids are whole; near are {low} and {high}")
+    if f"{width}x{height}" != low or max(width, height) > 2 ** 14:
+        raise argparse.ArgumentTypeError(f"{text}: sides must be multiples of 128 to 16384, so "
+                                         f"that both grids are whole; near are {low} and {high}")
     return width, height
 
 
-def count(text):
-    """"12" -> 12, and nothing below 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return int(text)
+def check_out(out):
+    """-> whether `out` is a folder, which is made if need be. Raises UsageError, before the work,
+    for what could not be written after it."""
+    path, folder = Path(out), out.endswith("/") or Path(out).is_dir()
+    if folder:
+        path.mkdir(parents=True, exist_ok=True)
+    fits = folder or path.suffix.lower() in FORMATS and (path.is_file() or not path.exists())
+    if not (fits and os.access(path if path.exists() else path.parent, os.W_OK)):
+        raise UsageError(f"--out {path}: expected a folder/, or a file in a folder that is there, "
+                         f"which may be written and ends in {', '.join(FORMATS)}")
+    return folder
+
+
+def save(image, path, about):
+    """Write a picture with its settings: a PNG's parameters, or Exif's ImageDescription. Where that
+    fails it goes into the folder for temporary files. Raises UsageError."""
+    info, exif = PngInfo(), Image.Exif()
+    info.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
+    exif[0x010E] = json.dumps(about)
+    try:
+        png = str(path).lower().endswith(".png")
+        image.save(path, **({"pnginfo": info} if png else {"exif": exif, "quality": 95}))
+    except (OSError, ValueError) as error:
+        with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as file:
+            image.save(file, "PNG", pnginfo=info)
+        raise UsageError(f"--out {path}: {error}; the picture is in {file.name}") from None
 
 
 def steps(text):
-    """A count; or "released", the noise levels of diffusers' 29 steps."""
-    return stage_c.RELEASED_LEVELS if text == "released" else count(text)
+    """A number; or "released", the noise levels of diffusers' 29 steps."""
+    return stage_c.RELEASED_LEVELS if text == "released" else cli.number("steps_c", int)(text)
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, **cli.STYLE)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help="one or more prompts")
     add("--prompts", metavar="FILE", help="a file with one prompt per line")
@@ -197,35 +225,36 @@ def options():
     add("--stage-c", metavar="PATH", help="likewise")
     add("--compressor", metavar="PATH", help="likewise; where --stage-b has none")
     add("--clip", metavar="PATH", help="CLIP's weights; or a folder with clip-h… and clip-bigg…")
-    add("--n", type=count, default=1, help="pictures per prompt (1)")
+    add("--n", type=int, default=1, help="pictures per prompt (1)")
     add("--seed", type=int, default=0, help="seed of the first picture (0)")
     add("--size", type=width_x_height, metavar="WxH", help="in pixels (default: as in training)")
     add("--steps-c", type=steps, default=60, help="Stage C's steps (60: §4), or released: 29")
-    add("--steps-b", type=count, default=12, help="Stage B's steps (12: §4)")
+    add("--steps-b", type=int, default=12, help="Stage B's steps (12: §4)")
     add("--guidance-c", type=float, default=4.0, help="1 conditional, 0 not (4)")
     add("--guidance-b", type=float, help="likewise (default: the weights' own)")
     add("--start", choices=("tokens", "gaussian"), help="of Stage B (§3.3: tokens)")
     add("--negative", default="", metavar="PROMPT", help="to be led away from")
-    add("--batch-size", type=count, default=16, help="pictures drawn at once (16)")
+    add("--batch-size", type=int, default=16, help="pictures drawn at once (16)")
     add("--stages", action="store_true", help="show the steps to one picture")
     add("--reconstruct", metavar="IMAGE", help="what each stage loses of an image")
+    add("--device", choices=("cuda", "mps", "cpu"), help="the first that is there")
     return parser
 
 
 def main(argv=None):
     settings = options().parse_args(argv)
     try:
+        " ".join([*settings.prompt, settings.negative]).encode()
         lines = Path(settings.prompts).read_text("utf-8").splitlines() if settings.prompts else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{settings.prompts}: expected UTF-8 text, a prompt on each line "
-                         f"({error})") from None
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{settings.prompts or 'the prompt'}: expected UTF-8 text, a prompt on "
+                         f"each line ({error})") from None
     prompts = settings.prompt + [line.strip() for line in lines if line.strip()]
     if not prompts and not settings.reconstruct:
         raise UsageError('no prompt: give one, as `python sample.py "a red star"`')
-    out, folder = Path(settings.out), settings.out.endswith("/") or Path(settings.out).is_dir()
-    (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
+    folder = check_out(settings.out)
 
-    device = training.setup(settings.seed)
+    device = training.setup(settings.seed, settings.device)
     paths = find(settings.weights, "ab" if settings.reconstruct else "abc", a=settings.stage_a,
                  b=settings.stage_b, c=settings.stage_c, compressor=settings.compressor)
     chain = load_chain(**paths, clip=settings.clip, device=device)
@@ -244,13 +273,12 @@ def main(argv=None):
     if len(images) > 1 and not folder:
         images = [pictures.grid(images, settings.n if settings.n > 1 else min(8, len(jobs)), jobs)]
     about = {name: value for name, value in vars(settings).items()
-             if name not in ("prompt", "out", "clip", "batch_size")} | {"prompts": prompts}
+             if name not in ("prompt", "out", "clip", "batch_size", "device")}
     for number, image in enumerate(images):
         if len(images) > 1:
-            about |= dict(prompts=[jobs[number]], seed=seeds[number], n=1)
-        info = PngInfo()
-        info.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
-        image.save(out / f"{number:04d}.png" if folder else out, pnginfo=info)
+            about |= dict(seed=seeds[number], n=1)
+        save(image, Path(settings.out, f"{number:04d}.png") if folder else settings.out,
+             dict(about, prompts=[jobs[number]] if len(images) > 1 else prompts))
     print(settings.out)
 
 

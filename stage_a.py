@@ -128,8 +128,7 @@ class VectorQuantizer(nn.Module):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             indices = torch.cat([                                         # (n, K) -> (n,)
                 torch.cdist(rows, codes.float(), compute_mode="donot_use_mm_for_euclid_dist")
-                .argmin(1) for rows in x.flatten(0, 2).float().split(32_768)])
-            indices = indices.view(x.shape[:3])                           # (B, h, w)
+                .argmin(1) for rows in x.flatten(0, 2).float().split(32_768)]).view(x.shape[:3])
         quantised = self.embedding(indices).permute(0, 3, 1, 2)           # (B, C, h, w)
         # The first term moves codes towards latents, the second latents towards codes.
         vq_loss = (F.mse_loss(quantised, latents.detach())
@@ -146,6 +145,8 @@ class StageA(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        if len(config.widths) != 2:
+            raise ValueError(f"Stage A found widths {config.widths}, expected two")
         (c0, c1), z = config.widths, config.latent_channels
         self.in_block = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(3 * 4, c0, 1))
         self.down_blocks = nn.Sequential(
@@ -161,9 +162,8 @@ class StageA(nn.Module):
 
     def encode(self, images):
         """(B, 3, H, W) in [0, 1] -> unquantised latents (B, 4, H/4, W/4)."""
-        H, W = images.shape[-2:]
-        if H % 4 or W % 4:
-            raise ValueError(f"Stage A found an image of {H}x{W}, expected multiples of 4")
+        if any(side % 4 for side in images.shape[-2:]):
+            raise ValueError(f"Stage A found images {tuple(images.shape)}, expected multiples of 4")
         return self.down_blocks(self.in_block(images))
 
     def quantize(self, latents):
@@ -344,7 +344,7 @@ def train(config, source, out):
         training.agree(usage.used, codes)                                 # what any process used
         run.log(loss=value, mse=found["mse"], grad=grads[0], lr=lr,
                 psnr=pictures.psnr(found["decoded"], images), codes_used=usage.used.float().mean())
-        if run.step % config.revive_every == 0:
+        if run.step % config.revive_every == 0 and not run.in_a_row:
             usage.revive(codes, found["latents"])
             training.agree(usage.used, codes)
             usage.used.zero_()

@@ -197,6 +197,8 @@ class Attention(nn.Module):
 
     def __init__(self, c, heads, dropout):
         super().__init__()
+        if heads < 1 or c % heads:
+            raise ValueError(f"found {heads} heads for a width of {c}, expected a divisor of it")
         self.heads, self.dropout = heads, dropout
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])                    # published name: to_out.0
@@ -207,9 +209,7 @@ class Attention(nn.Module):
 
     def forward(self, x, keys, values):         # (B, N, C), twice (B, heads, M, C / heads)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
-        own_keys, own_values = self.keys_values(x)
-        k = torch.cat([own_keys, keys], dim=2)                            # (B, heads, N + M, …)
-        v = torch.cat([own_values, values], dim=2)
+        k, v = (torch.cat(pair, 2) for pair in zip(self.keys_values(x), (keys, values)))  # N + M
         dropout = self.dropout if self.training else 0.0    # of the weights (diffusers: output)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)    # (B, heads, N, C / heads)
         return self.to_out[0](y.transpose(1, 2).flatten(2))               # (B, N, C)
@@ -267,6 +267,8 @@ class StageB(nn.Module):
         super().__init__()
         self.config = config
         c, heads, cond, patch = config.widths, config.heads, config.cond_width, config.patch_size
+        if not len(c) == len(heads) == len(config.blocks):
+            raise ValueError(f"found widths {c}: heads and blocks need one number for each, too")
         sem, levels = config.sem_channels, range(len(c))
         self.clip_mapper = nn.Linear(config.text_width, cond)             # text of CLIP -> tokens
         self.seq_norm = nn.LayerNorm(cond, elementwise_affine=False, eps=1e-6)
@@ -278,10 +280,8 @@ class StageB(nn.Module):
 
         def level(i, down):
             """Level i on the way down or up, as one flat list (published names)."""
-            layers = []
-            if down and i > 0:
-                layers.append(nn.Sequential(
-                    LayerNorm2d(c[i - 1]), nn.Conv2d(c[i - 1], c[i], 2, stride=2)))
+            layers = [] if i == 0 or not down else [nn.Sequential(
+                LayerNorm2d(c[i - 1]), nn.Conv2d(c[i - 1], c[i], 2, stride=2))]
             for j in range(config.blocks[i]):
                 skip = 0 if down or i == levels[-1] or j > 0 else c[i]    # from the way down
                 layers += [ResBlock(c[i], skip + (cond if heads[i] else 0), config.dropout),

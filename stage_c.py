@@ -186,6 +186,8 @@ class Attention(nn.Module):
 
     def __init__(self, c, heads, dropout):
         super().__init__()
+        if heads < 1 or c % heads:
+            raise ValueError(f"found {heads} heads for a width of {c}, expected a divisor of it")
         self.heads, self.dropout = heads, dropout
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])                    # published name: to_out.0
@@ -196,9 +198,7 @@ class Attention(nn.Module):
 
     def forward(self, x, keys, values):         # (B, N, C), twice (B, heads, M, C / heads)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
-        own_keys, own_values = self.keys_values(x)
-        k = torch.cat([own_keys, keys], dim=2)                            # (B, heads, N + M, …)
-        v = torch.cat([own_values, values], dim=2)
+        k, v = (torch.cat(pair, 2) for pair in zip(self.keys_values(x), (keys, values)))  # N + M
         dropout = self.dropout if self.training else 0.0    # of the weights (diffusers: output)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)    # (B, heads, N, C / heads)
         return self.to_out[0](y.transpose(1, 2).flatten(2))               # (B, N, C)
@@ -394,6 +394,8 @@ RELEASED_LEVELS = (*(1 - i / 57 for i in range(20)), *((10 - i) / 15 for i in ra
 
 # ---- training ------------------------------------------------------------------------------------
 
+import re
+
 import data
 import semantic_compressor
 import stage_b
@@ -476,6 +478,8 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_c
 def training_data(config, source, compressor):
     """Images at Stage A's size, at the compressor's for --sizes; or latents if source has them."""
     cached = semantic_compressor.cached(source, compressor)
+    if not all(re.fullmatch(r"[1-9]\d{1,3}x[1-9]\d{1,3}", size) for size in config.sizes):
+        raise cli.UsageError(f"--sizes {','.join(config.sizes)}: expected HxW,HxW,…")
     sizes = [tuple(int(side) for side in size.split("x")) for size in config.sizes]     # (H, W)
     if sizes and (cached or config.remember):
         raise cli.UsageError("--sizes: batches of several sizes are made from images as training "

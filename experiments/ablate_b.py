@@ -14,7 +14,6 @@ sampled pictures PSNR and, as the checker of prompt_accuracy.py sees them, shape
 by size, in percent.
 """
 
-import argparse
 import copy
 import json
 import time
@@ -290,8 +289,7 @@ def train(name, settings):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("what", choices=("ceiling", "train", "file"))
     parser.add_argument("rest", nargs="*", help="NAME or PATH, then key=value …")
     args = parser.parse_args()

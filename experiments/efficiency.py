@@ -20,7 +20,6 @@ efficiency.png into --out; a later run adds to what is there. After --minutes (8
 begins, and no other grid, batch size or picture size; what is left out is named.
 """
 
-import argparse
 import copy
 import functools
 import gc
@@ -499,8 +498,7 @@ def plot(report, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="pocket")
     parser.add_argument("--parts", default="train,sample", help="of train, sample, loader")
     parser.add_argument("--against", choices=("diffusers",))

@@ -8,13 +8,13 @@ Names that say "black" or "white" are left out: in Unicode they mean filled and 
 The font is under the SIL Open Font License 1.1, its pictures under Apache-2.0; commit neither.
 """
 
-import argparse
-import sys
 import unicodedata
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+from plumbing import cli
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"    # where Debian and Ubuntu put it
 RANGES = (range(0x2300, 0x2C00), range(0x1F000, 0x1FB00))     # symbols and pictographs
@@ -32,16 +32,15 @@ def draw(character, font):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--out", required=True, help="folder for the pictures and captions")
     parser.add_argument("--font", default=FONT, help=f"default {FONT}")
     settings = parser.parse_args()
     try:
         font = ImageFont.truetype(settings.font, 109)         # the one size of its bitmaps
     except OSError as error:
-        sys.exit(f"{settings.font}: expected the Noto Color Emoji font ({error}); "
-                 "apt-get install fonts-noto-color-emoji, or give --font")
+        raise cli.UsageError(f"{settings.font}: expected the Noto Color Emoji font ({error}); "
+                             "apt-get install fonts-noto-color-emoji, or give --font") from None
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     missing = font.getmask("\U0010FFFF").getbbox()            # the shape of "no such character"
@@ -60,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.start(main)

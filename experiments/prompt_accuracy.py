@@ -15,7 +15,6 @@ the prompt, and says what is there; `compare` then holds that against what the p
 Writes accuracy.json and failures.png into --out and prints a table with 95 % intervals (Wilson).
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -233,8 +232,7 @@ WAYS = ("the drawings", "A", "compressor+B+A", "C+B+A", "C+B+A, no text in B",
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--weights", default="runs/pocket")
     parser.add_argument("--n", type=int, default=1000, help="prompts of each split (1000)")
     parser.add_argument("--seed", type=int, default=1, help="of prompts and noise (1)")

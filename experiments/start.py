@@ -6,7 +6,6 @@ Sends drawings through Stage A alone and through compressor, Stage B and Stage A
 and at guidance 1 and 4, and prints the PSNR of each way in dB.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -21,8 +20,7 @@ from plumbing import cli, pictures, training
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--data", required=True, help="captioned images (data.py)")
     parser.add_argument("--weights", default="runs/pocket", type=Path)
     parser.add_argument("--n", type=int, default=64, help="how many pictures")

@@ -1,7 +1,11 @@
 """Tensors as pictures: sheets with captions, a latent in colours, and PSNR."""
 
+import unicodedata
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+SPELT = str.maketrans(dict(zip("äöüÄÖÜßæø’“”–—", "ae oe ue Ae Oe Ue ss ae oe ' \" \" - -".split())))
 
 
 def to_pil(image):
@@ -15,7 +19,7 @@ def grid(images, columns, captions=None, scale=1):
     images = [image if isinstance(image, Image.Image) else to_pil(image) for image in images]
     width, height = (side * scale for side in images[0].size)
     font, line = ImageFont.load_default(11), 13
-    texts = [wrap(text, width, font) for text in captions or [""] * len(images)]
+    texts = [wrap(plain(text), width, font) for text in captions or [""] * len(images)]
     below = line * max(text.count("\n") + 1 for text in texts) + 3 if captions else 0
     size = (columns * (width + 4) + 4, -(-len(images) // columns) * (height + below + 4) + 4)
     sheet = Image.new("RGB", size, "white")
@@ -26,6 +30,13 @@ def grid(images, columns, captions=None, scale=1):
         pen.rectangle((x - 1, y - 1, x + width, y + height), outline=(200, 200, 200))
         pen.multiline_text((x, y + height + 1), text, fill="black", font=font, spacing=1)
     return sheet
+
+
+def plain(text):
+    """Text in ASCII, which is what Pillow's own font has: ä is ae, é is e, what is left is ?."""
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFC", text).translate(SPELT))
+    text = "".join(one for one in text if not unicodedata.combining(one))
+    return text.encode("ascii", "replace").decode()
 
 
 def wrap(text, width, font):

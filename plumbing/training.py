@@ -25,22 +25,33 @@ from plumbing import checkpoint, cli
 
 # ---- processes: one, or several that torchrun started --------------------------------------------
 
-def setup(seed):
-    """-> the device of this process. Joins the other processes if `torchrun` started several."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+def setup(seed, device=None):
+    """-> the device of this process: `device`, else what --device names, else the best there is.
+    Joins the other processes if `torchrun` started several. Raises UsageError."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    device = device or cli.CHOSEN["device"] or max(there, key=there.get)  # of equals the first
+    index, told = int(os.environ.get("LOCAL_RANK", 0)), os.environ
+    if not there[device]:
+        raise cli.UsageError(f"--device {device}: torch finds no such device here")
+    if device == "cuda":
+        torch.cuda.set_device(index)
         torch.set_float32_matmul_precision("high")        # TF32 for what autocast leaves in fp32
     elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         # glibc shall keep what is freed: else each large tensor costs fresh pages, and a step of
         # Stage A on two cores 0.67 s in place of 0.45 s
         for parameter, value in ((-4, 0), (-1, 2 ** 31 - 1)):             # mmap_max, trim_threshold
             ctypes.CDLL(None).mallopt(parameter, value)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    several = told.get("WORLD_SIZE", told.get("SLURM_NTASKS", "1"))
+    missing = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(told)
+    if several != "1" and missing:
+        raise cli.UsageError(f"WORLD_SIZE or SLURM_NTASKS is {several}, and {min(missing)} is not "
+                             "set: start one torchrun on each machine; or unset both to be alone")
+    if several != "1" and not dist.is_initialized():
+        if "TORCHELASTIC_RUN_ID" not in told:
+            print(f"waiting for {several} processes; to be alone, unset WORLD_SIZE", flush=True)
+        dist.init_process_group("nccl" if device == "cuda" and dist.is_nccl_available() else "gloo")
     torch.manual_seed(seed)
-    return device
+    return torch.device(device, index) if device == "cuda" else torch.device(device)
 
 
 def rank():
@@ -87,6 +98,18 @@ def agree(flags, tensor):
         dist.broadcast(tensor, 0)
 
 
+def locked(path):
+    """Whether this process has the file `path` for itself, until it ends, however it does."""
+    try:                                                  # never closed; workers do not inherit it
+        import fcntl
+        fcntl.lockf(os.open(path, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except ImportError:                                   # Windows: two of the same are not noticed
+        pass
+    return True
+
+
 def cooldown(config):
     """The steps at the end over which the learning rate decays: at most the second half of a run,
     so that one with fewer --steps than its preset still trains at the full rate first.
@@ -119,6 +142,7 @@ EDGES = (0.25, 0.5, 0.75, 1.0)                            # upper ends of the qu
 MAY_CHANGE = {"batch_size", "accumulate", "steps", "cooldown", "workers", "compile",
               "checkpoint_activations", "log_every", "preview_every", "save_every", "latent_mean",
               "latent_std", "guidance"}
+BATCH = "batch-size x accumulate x processes"
 
 
 def by_level(record):
@@ -148,6 +172,7 @@ class Run:
         self.new, self.step = not self.state, self.state.get("step", 0)
         self.in_a_row, self.skipped = 0, 0                    # not finite: steps in a row, in all
         self.errors, self.seconds = [], []                    # since the last line; of each step
+        self.buffers = []                                     # with what they were as it began
         self.asked = self.stopping = False                    # this process; all of them
         torch.manual_seed(config.seed)                        # initial weights: the same everywhere
 
@@ -156,12 +181,19 @@ class Run:
         of MAY_CHANGE, and all of must_match, must be as they were: else two runs had one name.
         """
         path = self.out / "checkpoint.pt"
+        for name in ("checkpoint.pt", "checkpoint.pt.tmp", "log.jsonl", ".lock"):
+            if os.path.lexists(self.out / name) and not os.path.isfile(self.out / name):
+                raise cli.UsageError(f"{self.out / name}: is in the way, as it is no file")
         found = torch.tensor(float(path.is_file()), device=self.device)
+        if rank() == 0 and not locked(self.out / ".lock"):
+            found -= 2 * world()
         if world() > 1:
             dist.all_reduce(found)
-            if found.item() not in (0, world()):
-                raise cli.UsageError(f"{path}: some processes find it and others do not; --out has "
-                                     "to be on a disk that all machines share")
+        if found < 0:
+            raise cli.UsageError(f"{self.out}: another process trains there; wait for its end")
+        if found.item() not in (0, world()):
+            raise cli.UsageError(f"{path}: some processes find it and others do not; --out has to "
+                                 "be on a disk that all machines share")
         if init_from:
             self.say(f"{path} is there, so that run goes on; --init-from has no effect" if found
                      else f"a new run at step 0 with the weights of {init_from}, and with nothing "
@@ -169,18 +201,21 @@ class Run:
         if not found:
             return {}
         state = checkpoint.load_checkpoint(path, self.stage)
-        if not {"optimizer", "errors"} <= set(state):
+        if not {"optimizer", "errors", "skipped", "step", "config"} <= set(state):
             raise cli.UsageError(f"{path}: holds weights without the state of a training, so it "
                                  "cannot be continued; give it as --init-from with another --out "
                                  "to begin with its weights")
-        now, then = dataclasses.asdict(self.config), dict(state["config"])
-        for settings in (now, then):
-            settings["batch-size x accumulate"] = settings["batch_size"] * settings["accumulate"]
+        now = dataclasses.asdict(self.config)
+        then = now | cli.check_config(type(self.config), state["config"], path)
+        for one, n in (now, world()), (then, state.get("processes", world())):
+            one[BATCH] = one["batch_size"] * one["accumulate"] * n
         pairs = [(f"--{name.replace('_', '-')}", value, then.get(name))
                  for name, value in now.items() if name not in MAY_CHANGE]
         pairs += [(name, value, state.get(name)) for name, value in self.must_match.items()]
         differ = [f"{name} is {new}, was {old}" for name, new, old in pairs if new != old]
         if differ:
+            keep, rest = divmod(then[BATCH], self.config.batch_size * world())
+            differ[-1] += f"; --accumulate {keep} keeps the batch" * (not rest)
             raise cli.UsageError(f"{path}: this run was started with another configuration "
                                  f"({'; '.join(differ)}); give the old values to go on with it, "
                                  "or another --out to start anew")
@@ -191,11 +226,19 @@ class Run:
         """parts: all that must survive a stop; each has state_dict() and load_state_dict()."""
         self.parts = parts
         if not self.new:
-            for name, part in parts.items():                  # copied: the file is only mapped
-                part.load_state_dict(copy.deepcopy(self.state.pop(name)))
-            self.errors = [(t.to(self.device), error.to(self.device))
-                           for t, error in copy.deepcopy(self.state["errors"])]
-            self.in_a_row, self.skipped = self.state["in_a_row"], self.state["skipped"]
+            try:
+                for name, part in parts.items():              # copied: the file is only mapped
+                    part.load_state_dict(copy.deepcopy(self.state.pop(name)))
+                self.errors = [(t.to(self.device), error.to(self.device))
+                               for t, error in copy.deepcopy(self.state["errors"])]
+                by_level(self.errors or [(torch.ones(1), torch.ones(1))])
+                for one, state in (pair for part in parts.values()
+                                   for pair in getattr(part, "state", {}).items()):
+                    [torch.broadcast_to(value, one.shape) for value in state.values()]
+            except checkpoint.UNREADABLE as error:
+                raise cli.UsageError(f"{self.out}/checkpoint.pt: not the state of this training "
+                                     f"({str(error).strip()[:300]})") from None
+            self.skipped = self.state["skipped"]
         self.state = None                                     # its memory is needed
 
     def steps(self):
@@ -209,9 +252,16 @@ class Run:
                  f"{left * self.batch:,} samples")
         path = self.out / "log.jsonl"
         if rank() == 0 and path.exists():                     # steps after the checkpoint: cut
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if line.endswith("\n")
-                                    and json.loads(line)["step"] <= self.step))
+            kept, damaged = [], 0
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    found = cli.read_json(path, {"step": int}, line)
+                    kept += [line.strip() + b"\n"] * (found["step"] <= self.step)
+                except cli.UsageError:
+                    damaged += line.endswith(b"\n")           # else: cut off by a kill
+            path.write_bytes(b"".join(kept))
+            if damaged:
+                self.say(f"{path}: {damaged} damaged line(s) left out")
         before = {one: signal.signal(one, self.ask) for one in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=config.steps, initial=self.step, disable=rank() != 0, unit="step",
                         smoothing=0.05, mininterval=1.0 if sys.stderr.isatty() else 15.0)
@@ -219,6 +269,8 @@ class Run:
             for step in range(self.step, config.steps):
                 torch.manual_seed(int(np.random.SeedSequence(
                     (config.seed, rank(), step)).generate_state(1, np.uint64)[0]))
+                self.buffers = [(one, one.clone()) for part in self.parts.values()
+                                for one in getattr(part, "buffers", list)()]
                 self.begun = time.perf_counter()
                 yield step
                 if self.stopping:
@@ -227,9 +279,11 @@ class Run:
             self.bar.close()
             for one, handler in before.items():
                 signal.signal(one, handler)
-        self.say(f"stopped on request, saved in {self.out}; the same command goes on from there"
+        lost = f" but for {self.in_a_row} last steps, not finite" * bool(self.in_a_row)
+        self.say(f"stopped on request, saved in {self.out}{lost}; the same command goes on from "
+                 "there"
                  if self.step < config.steps else
-                 f"finished; checkpoint, log and previews are in {self.out}")
+                 f"finished; checkpoint, log and previews are in {self.out}{lost}")
 
     def ask(self, *_):
         """The first signal: stop after this step. A second Ctrl-C: at once."""
@@ -253,11 +307,12 @@ class Run:
         bad, self.stopping = (bool(flag) for flag in flags.tolist())
         self.in_a_row = self.in_a_row + 1 if bad else 0
         self.skipped += bad
+        for buffer, before in self.buffers * bad:             # BatchNorm's statistics, used codes
+            buffer.copy_(before)
         if self.in_a_row == 10:
             raise cli.UsageError(f"step {self.step}: the gradient was not finite 10 times in a "
-                                 "row; nothing was saved since the first of them, so a checkpoint "
-                                 f"in {self.out} is sound. Try a lower --lr, a longer --warmup or "
-                                 "a smaller --grad-clip")
+                                 "row, and nothing was saved since the first of them. Try a lower "
+                                 "--lr, a longer --warmup or a smaller --grad-clip")
         return not bad
 
     def log(self, **numbers):
@@ -300,11 +355,11 @@ class Run:
 
     def due(self, what):
         """Whether to "preview" or "save", on the first process: every preview_every or save_every
-        steps unless the gradient is not finite, and at the end. A stop on request saves, too.
+        steps and at the end, but while steps are skipped. A stop on request saves, too.
         """
         last = self.step == self.config.steps or (what == "save" and self.stopping)
-        regular = self.step % getattr(self.config, f"{what}_every") == 0 and not self.in_a_row
-        return rank() == 0 and (last or regular)
+        regular = self.step % getattr(self.config, f"{what}_every") == 0
+        return rank() == 0 and (last or regular) and not self.in_a_row
 
     def save(self, **more):
         """Write the checkpoint. more: what else it shall hold, or in place of what it would. The
@@ -313,7 +368,7 @@ class Run:
         model = self.parts.get("ema", self.parts.get("model"))
         checkpoint.save_checkpoint(self.out / "checkpoint.pt", {
             "stage": self.stage, "config": dataclasses.asdict(self.config), "step": self.step,
-            "errors": self.errors, "in_a_row": self.in_a_row, "skipped": self.skipped,
+            "errors": self.errors, "skipped": self.skipped, "processes": world(),
             "probe": checkpoint.probe(model) if model else {},
             **self.must_match, **{name: part.state_dict() for name, part in self.parts.items()},
             **more})

@@ -26,7 +26,6 @@ Everything follows from (seed, split, index) by numpy's RandomState, whose strea
 the same drawings in every numpy version, for any number of workers.
 """
 
-import argparse
 import glob
 import io
 import json
@@ -344,8 +343,8 @@ def make_shapes(out, count=20_000, split="train", size=128, seed=0, workers=2, p
     missing = sum(len(job[2]) for job in jobs)
     quiet = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
     with tqdm(total=count, initial=count - missing, desc=f"{split} drawings", unit="img") as bar:
-        if workers > 1:
-            with multiprocessing.Pool(workers, signal.signal, quiet) as pool:
+        if min(workers, len(jobs)) > 1:
+            with multiprocessing.Pool(min(workers, len(jobs)), signal.signal, quiet) as pool:
                 for drawn in pool.imap_unordered(_draw_shard, jobs):
                     bar.update(drawn)
         else:
@@ -383,8 +382,7 @@ def source(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m pocket.shapes", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__, prog="python -m pocket.shapes")
     parser.add_argument("--out", required=True, help="folder for the shards")
     parser.add_argument("--count", type=int, default=20_000, help="drawings (default %(default)s)")
     parser.add_argument("--split", choices=("train", "heldout"), default="train")

@@ -8,7 +8,6 @@ the compressor, and B and C are their averaged weights. What a checkpoint knows 
 metadata. Everything is measured again with the rounded weights, on drawings held out of training.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -76,7 +75,8 @@ def measure(chain, n=64):
 def write(path, state, tensors, origin):
     """One safetensors file; `state` is JSON in its metadata."""
     save_file({name: value.contiguous() for name, value in tensors.items()}, path,
-              {"format": "pt", "checkpoint": json.dumps(state), "provenance": json.dumps(origin)})
+              {"format": "pt", "checkpoint": json.dumps(state), "provenance": json.dumps(origin),
+               "sha256": checkpoint.checksum(tensors)})
 
 
 def ship(paths, out):
@@ -107,8 +107,7 @@ def ship(paths, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--weights", default="runs/pocket", help="a folder that training left")
     parser.add_argument("--out", default=Path(__file__).resolve().parent, type=Path)
     settings = parser.parse_args()

@@ -20,7 +20,6 @@ Writes a checkpoint for `stage_b.py --init-from`, this compressor and an untrain
 shares of right answers on drawings with combinations that no training shows (split "heldout").
 """
 
-import argparse
 import copy
 from dataclasses import asdict, replace
 
@@ -138,8 +137,7 @@ def teach(config, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--out", default="runs/pocket/taught")
     parser.add_argument("--steps", type=int, default=CONFIG.steps)
     parser.add_argument("--compile", action="store_true")

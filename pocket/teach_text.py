@@ -20,7 +20,6 @@ started again, this goes on. log.jsonl has the shares of right answers on captio
 that no training names (split "heldout").
 """
 
-import argparse
 import copy
 import json
 from dataclasses import asdict, replace
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import stage_c
-from plumbing import cli, text, training
+from plumbing import checkpoint, cli, text, training
 from pocket import shapes
 
 CONFIG = replace(stage_c.PRESETS["pocket"], steps=2000, batch_size=128, lr=2e-3, cooldown=1000,
@@ -137,16 +136,15 @@ def teach(config, out):
         run.log(loss=value, grad=grad, **right)
         if run.due("save"):
             run.save()
-            save_file({f"transformer.{name}": value.half().contiguous()
-                       for name, value in ema.tower.transformer.state_dict().items()},
-                      run.out / "text.safetensors", {"format": "pt", "steps": str(run.step),
-                                                     "config": json.dumps(asdict(config)),
-                                                     "right on heldout": json.dumps(right)})
+            tensors = {f"transformer.{name}": value.half().contiguous()
+                       for name, value in ema.tower.transformer.state_dict().items()}
+            save_file(tensors, run.out / "text.safetensors", {
+                "format": "pt", "steps": str(run.step), "config": json.dumps(asdict(config)),
+                "right on heldout": json.dumps(right), "sha256": checkpoint.checksum(tensors)})
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--out", default="runs/pocket/text")
     parser.add_argument("--steps", type=int, default=CONFIG.steps)
     settings = parser.parse_args()

@@ -10,7 +10,6 @@ diffusers has one Stage B, that of `--preset released`. The text encoders and to
 written: they are those of warp-ai/wuerstchen and warp-ai/wuerstchen-prior, unchanged.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -50,8 +49,7 @@ def export(chain, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m published.export", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__, prog="python -m published.export")
     parser.add_argument("weights", help="a folder of weights, pocket or released, as in sample.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="where they are written")
     for part in ("--stage-a", "--stage-b", "--stage-c", "--compressor"):

@@ -169,7 +169,7 @@ def test_another_config_is_refused(chain, drawings, tmp_path):
     with pytest.raises(UsageError, match=r"--lr is 0.5, was 0.002"):
         stage_a.train(replace(TINY_A, lr=0.5), drawings, tmp_path)
     half = replace(TINY_A, steps=2, batch_size=TINY_A.batch_size // 2)
-    with pytest.raises(UsageError, match="--batch-size x accumulate is 2, was 4"):
+    with pytest.raises(UsageError, match="x processes is 2, was 4.*--accumulate 2 keeps"):
         stage_a.train(half, drawings, tmp_path)
     stage_a.train(replace(half, accumulate=2), drawings, tmp_path)        # the same batch: allowed
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2

@@ -8,7 +8,6 @@ Captions and .json are kept, images are not. Stopped and started again, it goes 
 that are missing.
 """
 
-import argparse
 import io
 import json
 import os
@@ -84,8 +83,7 @@ def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_s
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("source", help="shards or a folder of captioned images")
     parser.add_argument("--weights", required=True, help="Stage B checkpoint with the compressor")
     parser.add_argument("--out", required=True, help="folder for the shards of latents")

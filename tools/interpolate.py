@@ -6,7 +6,6 @@
 What it writes samples; it cannot be trained on.
 """
 
-import argparse
 from pathlib import Path
 
 from plumbing import checkpoint, cli
@@ -38,8 +37,7 @@ def interpolate(first, second, out, share=0.5):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("first", help="a checkpoint of Stage C")
     parser.add_argument("second", help="another one")
     parser.add_argument("--out", required=True, help="folder for the checkpoint between them")

@@ -5,7 +5,6 @@
 A source is a folder, a tar or a quoted pattern (see data.py).
 """
 
-import argparse
 import collections
 import textwrap
 import unicodedata
@@ -92,8 +91,7 @@ def thumbnail(image):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m tools.look", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__, prog="python -m tools.look")
     parser.add_argument("source", nargs="+", help="folder, tar, or quoted pattern")
     parser.add_argument("--out", default="look.png", help="contact sheet (default: %(default)s)")
     given = parser.parse_args(argv)

@@ -5,7 +5,6 @@
 FOLDER holds images, each with its caption in NAME.txt, or all captions in metadata.jsonl.
 """
 
-import argparse
 import glob
 import io
 import os
@@ -73,8 +72,7 @@ def pack(folder, out, per_shard=1000):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m tools.pack", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__, prog="python -m tools.pack")
     parser.add_argument("folder", help="images with NAME.txt, or with metadata.jsonl")
     parser.add_argument("--out", required=True, help="new folder for the shards")
     parser.add_argument("--per-shard", type=int, default=1000)
