@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import functools
 import inspect
+import json
 import sys
 import traceback
 from pathlib import Path
@@ -111,3 +112,28 @@ def raised_here(error):
     last = traceback.extract_tb(error.__traceback__)[-1]
     path = Path(last.filename)
     return path.is_relative_to(ROOT) and ".venv" not in path.parts and "raise" in (last.line or "")
+
+
+def read_json(path, fields, content=None):
+    """The JSON object in the file `path`, or in `content`, bytes or text that come from it: a dict
+    that has all `fields`, {name: type or tuple of types}. A float may be written as an int, a bool
+    is no number, and a number is finite. Raises UsageError.
+    """
+    kinds = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in fields.items()}
+    try:
+        found = json.loads(Path(path).read_bytes() if content is None else content)
+        wrong = [] if isinstance(found, dict) else [type(found).__name__]
+    except (OSError, ValueError, RecursionError) as error:
+        found, wrong = None, [getattr(error, "strerror", None) or f"no JSON ({error})"]
+    for name, some in kinds.items() if not wrong else ():
+        value = found.get(name)
+        number = type(value) in (int, float)
+        if (name not in found or not (type(value) in some or number and float in some)
+                or number and not abs(value) <= sys.float_info.max):
+            wrong.append(f"{name} = {repr(value)[:60]}" if name in found else f"no {name}")
+    if wrong:
+        needs = [f"{name} ({' or '.join(kind.__name__ for kind in some)})"
+                 for name, some in kinds.items()]
+        raise UsageError(f"{path}: found {', '.join(wrong)}; expected a JSON object"
+                         + f" with {', '.join(needs)}" * bool(needs))
+    return found
