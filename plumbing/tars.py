@@ -1,105 +1,169 @@
 """Where the samples of a source lie: files and (offset, size) of each image, caption and json.
 
 The headers of a tar are read once and kept in .index/ beside it, or in the user's cache folder.
-What is damaged is reported as (reason, where), and all that is readable around it is found.
+What is damaged, foreign or lost is reported as (reason, where); all that is readable is found.
 """
 
 import collections
 import contextlib
+import csv
+import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import sys
 import tarfile
+import unicodedata
+from posixpath import basename, dirname, join, normpath, splitext
 
+from PIL import Image
 from tqdm import tqdm
 
 from plumbing.cli import UsageError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-FOLDER_SUFFIXES = IMAGE_SUFFIXES + ("bmp", "gif", "tif", "tiff")  # tools.pack makes them png
-INDEX_VERSION = 3  # ours: written into each cached index; another number is scanned again
+# formats that Pillow names and does not decode, or only with other programs
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+LISTINGS = ("metadata.jsonl", "metadata.csv")
+NOTES = ("latents.json", "shapes.json")  # that this project writes beside shards
+NOWHERE = (-1, -1, 0)  # a part that a sample does not have
+INDEX_VERSION = 4  # ours: of a cached index; one of another version is made anew
+ENDS = 1 << 16  # ours: so many bytes at both ends of a shard tell it from another
 OPEN_FILES = 32  # ours: handles kept open per process, for sources of many shards
 PER_SHARD = 10_000  # ours: at most so many samples, which four digits of a key can count
 
 
-def find_samples(source, suffixes=IMAGE_SUFFIXES):
-    """-> files, rows, problems, whether the files are tars.
+@functools.cache
+def picture_suffixes():
+    """The suffixes of what the Pillow that is here decodes, in lower case: jpg, png, avif, …"""
+    return tuple(sorted(suffix[1:] for suffix, name in Image.registered_extensions().items()
+                        if name in {*Image.OPEN, "MPO"} - NO_PICTURES))
 
-    source: as data.py says. rows: [(key, image, txt, json)] of the usable samples; a part is
-    (number of its file, offset, size), (-1, -1, 0) where there is none. problems: [(reason, where)]
-    of all that is left out. Raises UsageError if that is most of it.
+
+def find_samples(source, suffixes=None):
+    """-> files, rows, problems, stamps.
+
+    source: as data.py says. files: paths, or the JSON of one entry of a listing. rows: [(key,
+    image, txt, json)] of the usable samples; a part is (number of its file, offset, size). stamps:
+    of the tars, none for a folder of images. problems: [(reason, where)] of all that is left out.
+    Raises UsageError if that is most of it.
     """
-    tars, problems = list_tars(source)
-    files, rows = ([], []) if tars is not None else list_pictures(source, problems)
-    for path in tqdm(tars or [], desc="index of the shards", unit="shard", delay=1, leave=False):
-        samples, found = index_tar(path, suffixes)
-        problems += found if samples or found else [("no samples", path)]
-        if samples:
-            rows += [(key, *((len(files), *part) if part[0] >= 0 else (-1, -1, 0)
-                             for part in parts)) for key, *parts in samples]
-            files.append(path)
-    reasons = ["no image" if image[0] < 0 else "no caption" if txt[0] < 0 else
-               "empty image" if image[2] == 0 else None for _, image, txt, _ in rows]
+    suffixes, problems = suffixes or picture_suffixes(), []
+    files, rows, stamps, missing = [], [], [], "no caption"
+    found = walk(source, problems) if os.path.isdir(source) else None
+    tars = expand(source) if found is None else [
+        path for name, path in found.items() if "/" not in name and name.lower().endswith(".tar")]
+    if tars and found:
+        problems += [("beside the shards", path) for name, path in found.items()
+                     if path not in tars and name not in NOTES]
+    elif found:
+        missing = next((f"not in {name}" for name in map(basename, found) if name in LISTINGS),
+                       missing)
+        files, rows = list_pictures(found, suffixes, problems)
+    for path in tqdm(tars, desc="index of the shards", unit="shard", delay=1, leave=False):
+        samples, wrong, stamp = index_tar(path, suffixes)
+        problems += wrong if samples or wrong else [("no samples", path)]
+        rows += [(key, *((len(files), *part[1:]) if part[0] == 0 else part for part in parts))
+                 for key, *parts in samples]
+        files += [path] * bool(samples)
+        stamps += [stamp] * bool(samples)
+    # A caption may stand in the json alone. data.py sees it when it reads that.
+    rows = [(key, image, json if txt[0] < 0 else txt, json) for key, image, txt, json in rows]
+    reasons = ["name is not UTF-8" if shown(key) != key else "no image" if image[0] < 0 else
+               missing if txt[0] < 0 else "empty image" if image[2] == 0 else None
+               for key, image, txt, _ in rows]
+    twice = sum(reason == "duplicate image" for reason, _ in problems)
     problems += [(reason, key) for reason, (key, *_) in zip(reasons, rows) if reason]
-    rows, first = [row for row, reason in zip(rows, reasons) if not reason], reasons[:1000]
-    bad = len(first) - first.count(None)
-    if not rows or 2 * bad > len(first):
-        raise unusable(source, "no sample is usable" if not rows else
-                       f"{bad:,} of the first {len(first):,} samples are unusable", problems)
-    return files, rows, problems, tars is not None
+    problems = [(reason, shown(where)) for reason, where in problems]
+    rows, total = [row for row, reason in zip(rows, reasons) if not reason], len(rows) + twice
+    if 2 * len(rows) < total or not rows:
+        raise unusable(source, f"{total - len(rows):,} of {total:,} samples are unusable" if rows
+                       else "no sample is usable", problems)
+    return files, rows, problems, stamps
+
+
+def shown(name):
+    """A file's name that can be printed: bytes that are no UTF-8 become \\udc80 to \\udcff."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def unusable(source, what, problems):
     """A UsageError that says what was found in a source and what is expected."""
-    counts = collections.Counter(reason for reason, _ in problems)
-    found = ", ".join(f"{n} x {reason}" for reason, n in counts.items()) or "nothing"
-    example = f" (such as {problems[0][1]})" if problems else ""
+    counts, such = collections.Counter(reason for reason, _ in problems), dict(problems[::-1])
+    found = ", ".join(f"{n} x {reason} (such as {such[reason]})"
+                      for reason, n in counts.most_common(8)) or "nothing"
     return UsageError(
-        f"{source}: {what}; found {found}{example}; expected a folder of "
-        "tars, a quoted pattern such as \"shards/{00000..00099}.tar\" (in them "
-        "KEY.jpg|jpeg|png|webp and KEY.txt), a folder of images each with NAME.txt, or one with "
-        "metadata.jsonl (file_name, text).")
+        f"{source}: {what}; found {found}; expected a folder of tars, a quoted pattern such as "
+        "\"shards/{00000..00099}.tar\" (in them KEY.jpg and KEY.txt), a folder of images each with "
+        "NAME.txt, or one with metadata.jsonl or metadata.csv (file_name, text).")
 
 
 class Reader:
-    """Reads parts (number of the file, offset, size) of `files`, a few of which stay open."""
+    """Reads parts (number of the file, offset, size) of `files`, a few of which stay open. A tar
+    that is no longer the one of which `stamps` holds the stamp is not read.
+    """
 
-    def __init__(self, files):
-        self.files, self.handles = files, {}
+    def __init__(self, files, stamps):
+        self.files, self.stamps, self.handles, self.seen = files, stamps, {}, {}
 
     def __getstate__(self):
-        return {"files": self.files, "handles": {}}  # open files do not travel to workers
+        return {**vars(self), "handles": {}}  # open files do not travel to workers
 
     def read(self, number, offset, size):
         """The bytes of a part, None where there is none. Raises OSError."""
-        if number < 0:
-            return None
+        if number < 0 or isinstance(self.files[number], bytes):
+            return self.files[number] if number >= 0 else None
         if number not in self.handles:
             while len(self.handles) >= OPEN_FILES:
                 self.handles.pop(next(iter(self.handles))).close()
             self.handles[number] = open(self.files[number], "rb")
-        found = os.pread(self.handles[number].fileno(), size, offset)  # moves no shared position
-        if len(found) != size:
-            raise OSError(f"file ended early: {self.files[number]}")
+        handle = self.handles[number]
+        now = os.fstat(handle.fileno())
+        state = (now.st_ino, now.st_size, now.st_ctime_ns)  # no program can set its ctime back
+        same = self.seen.get(number) == state if self.stamps else now.st_size == size
+        if self.stamps and not same:
+            same, self.seen[number] = stamp_of(handle) == self.stamps[number], state
+        found = os.pread(handle.fileno(), size, offset)  # moves no shared position
+        if not same or len(found) != size:
+            self.seen.pop(number, None)
+            raise OSError(f"the file has changed since it was listed: {self.files[number]}")
         return found
 
 
-def list_tars(source):
-    """-> the paths of the tars that a source means, None if it is a folder without; problems."""
-    if os.path.isdir(source):
-        here, deeper = (sorted(glob.glob(os.path.join(glob.escape(source), pattern)))
-                        for pattern in ("*.tar", "*/*.tar"))
-        return here or None, [("tar in a sub-folder", path) for path in deeper if here]
+def walk(folder, problems):
+    """-> {name below the folder, with slashes and composed letters: path} of its files, in order.
+    Hidden files and folders are none of it. What a link brings in from outside is refused, but for
+    tars, whose headers say what they are.
+    """
+    found, inside = {}, os.path.join(os.path.realpath(folder), "")
+    for where, folders, names in os.walk(folder, onerror=lambda error: problems.append(
+            ("unreadable folder", error.filename))):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (os.path.join(where, name) for name in sorted(names) + folders):
+            name = os.path.relpath(path, folder).replace(os.sep, "/")
+            away = os.path.islink(path) and not os.path.realpath(path).startswith(inside)
+            if basename(name).startswith(".") or (os.path.isdir(path) and not away):
+                pass
+            elif away and not (name.lower().endswith(".tar") and os.path.isfile(path)):
+                problems.append(("link to what is outside", path))
+            elif not os.path.isfile(path):
+                problems.append(("not a file", path))
+            else:
+                found[unicodedata.normalize("NFC", name)] = path
+    return found
+
+
+def expand(source):
+    """-> the paths of the tars that a source which is no folder means."""
     if os.path.exists(source):
-        return [source], []
+        return [source]
     tars = expand_braces(source)
     if any(mark in source for mark in "*?["):
         tars = sorted(path for pattern in tars for path in glob.glob(pattern))
-    return tars, []
+    return tars
 
 
 def expand_braces(pattern):
@@ -117,36 +181,46 @@ def expand_braces(pattern):
             for done in expand_braces(pattern[:match.start()] + part + pattern[match.end():])]
 
 
-def index_tar(path, suffixes=IMAGE_SUFFIXES):
-    """-> (samples, problems) of one tar, from the cached index where that is up to date."""
-    if not os.path.isfile(path):
-        return [], [("missing shard", path)]
-    state, full = os.stat(path), os.path.abspath(path)
-    stamp = [INDEX_VERSION, state.st_size, state.st_mtime_ns, *suffixes]
+def index_tar(path, suffixes):
+    """-> samples, problems, stamp of one tar, from the cached index where that is up to date."""
+    try:
+        with open(path if os.path.isfile(path) else "", "rb") as handle:
+            stamp = stamp_of(handle)
+    except OSError:
+        return [], [("unreadable shard" if os.path.isfile(path) else "missing shard", path)], None
+    full, about = os.path.abspath(path), repr((INDEX_VERSION, stamp, *suffixes)).encode()
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    digest = hashlib.sha256(full.encode()).hexdigest()[:24]
-    places = (f"{os.path.dirname(full)}/.index/{os.path.basename(full)}.json",
+    digest = hashlib.sha256(os.fsencode(full)).hexdigest()[:24]
+    places = (f"{dirname(full)}/.index/{basename(full)}.json",
               f"{home}/captioned_shards/{digest}.json")
     for place in places:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, not ours
-            with open(place, encoding="utf-8") as file:
-                cached = json.load(file)
-            if cached["stamp"] == stamp:
-                return cached["samples"], [tuple(problem) for problem in cached["problems"]]
+        with contextlib.suppress(OSError, ValueError):  # not there, not ours
+            with open(place, "rb") as file:
+                signed, body = file.read().split(b"\n", 1)
+            if signed == hashlib.sha256(about + body).hexdigest().encode():  # of this very tar
+                return *json.loads(body), stamp
     members, problems = scan_tar(path)
-    samples = group_members(path, members, suffixes, problems)
+    samples = group_members(members, suffixes, problems, f"{path}: ")
+    body = json.dumps([samples, problems]).encode()
     for place in places:
         with contextlib.suppress(OSError):  # read-only: the next place, or no cache at all
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            with open(f"{place}.{os.getpid()}", "w", encoding="utf-8") as file:
-                json.dump({"stamp": stamp, "samples": samples, "problems": problems}, file)
+            os.makedirs(dirname(place), exist_ok=True)
+            with open(f"{place}.{os.getpid()}", "wb") as file:
+                file.write(hashlib.sha256(about + body).hexdigest().encode() + b"\n" + body)
             os.replace(file.name, place)
             break
-    return samples, problems
+    return samples, problems, stamp
+
+
+def stamp_of(handle):
+    """[size, mtime in ns, sha256 of both ends] of an open file: what tells a tar from another."""
+    state = os.fstat(handle.fileno())
+    ends = [os.pread(handle.fileno(), ENDS, at) for at in (0, max(0, state.st_size - ENDS))]
+    return [state.st_size, state.st_mtime_ns, hashlib.sha256(b"".join(ends)).hexdigest()]
 
 
 def scan_tar(path):
-    """Read the headers of one tar -> its files [(name, offset, size)], problems [(reason, where)].
+    """Read the headers of one tar -> its files [(name, part)], problems [(reason, where)].
 
     By default Python's tarfile ends in silence at a damaged header; ignore_zeros=True makes it
     search on, 512 bytes at a time. Bytes that belong to no member and are not zero are reported.
@@ -158,10 +232,10 @@ def scan_tar(path):
             archive = None
             try:
                 archive = tarfile.TarFile(fileobj=handle, ignore_zeros=True, encoding="utf-8",
-                                          errors="replace")
+                                          errors="surrogateescape")
                 found.extend(archive)
                 break
-            except (tarfile.TarError, ValueError, OverflowError):
+            except (tarfile.TarError, ValueError, OverflowError, RecursionError):
                 # An extended header that is damaged stops tarfile all the same: go on after it.
                 start = max(start, archive.offset if archive is not None else start) + 512
         if not found:
@@ -176,7 +250,7 @@ def scan_tar(path):
             if stop > size:
                 problems.append(("cut off", f"{path}: {member.name} goes on after the end"))
             elif member.isreg():
-                members.append((member.name, member.offset_data, member.size))
+                members.append((member.name, (0, member.offset_data, member.size)))
             elif not member.isdir():
                 problems.append(("link or device", f"{path}: {member.name}"))
         report_gap(handle, end, size, path, problems)
@@ -198,29 +272,44 @@ def report_gap(handle, start, end, path, problems):
         problems.append(("damaged header", f"{path}: bytes {start:,} to {end:,} are unreadable"))
 
 
-def group_members(path, members, suffixes, problems):
-    """Members of a tar, in any order -> [key, image, txt, json]; a part is (offset, size), (-1, 0)
-    where there is none.
+def group_members(members, suffixes, problems, where=""):
+    """Members [(name, part)] of a tar or a folder -> samples [(key, image, txt, json)].
+
+    A key goes up to the first dot, as webdataset has it: x.jpg, x.en.txt and x.json are a sample.
+    Where several pictures, or a picture and the caption of another one, share that, it goes up to
+    the last: IMG.2024.01.jpg and IMG.2024.01.txt.
     """
-    samples = {}
-    for name, offset, size in members:
-        folder, _, base = name.removeprefix("./").rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not stem or (base.startswith("__") and base.endswith("__")):
+    groups, samples = {}, []
+    for name, part in members:
+        folder, base = os.path.split(unicodedata.normalize("NFC", name.removeprefix("./")))
+        stem, dot, suffix = base.rpartition(".")
+        kind = 0 if suffix.lower() in suffixes else {
+            "txt": 1, "caption": 1, "json": 2}.get(suffix.lower())
+        if base.startswith(".") or (base.startswith("__") and base.endswith("__")):
             continue  # "._a.jpg" that macOS adds, ".DS_Store", webdataset's own "__x__"
-        suffix = extension.lower().rpartition(".")[2]
-        kind = 0 if suffix in suffixes else {"txt": 1, "json": 2}.get(suffix)
         if kind is None or not dot:
-            problems.append(("other member", f"{path}: {name}"))
+            problems.append((f"{'.' * bool(dot)}{suffix} is not read", where + name))
             continue
-        sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
-        exact = suffix == extension.lower()  # a.jpg comes before a.mask.jpg
-        if kind in sample:
-            problems.append(("duplicate member", f"{path}: {name}"))
-        if kind not in sample or (exact and not sample[kind][2]):
-            sample[kind] = (offset, size, exact)
-    return [[key, *(parts.get(kind, (-1, 0))[:2] for kind in range(3))]
-            for key, parts in samples.items()]
+        first = join(folder, base.partition(".")[0])
+        groups.setdefault(first, []).append((join(folder, stem), kind, part, name))
+    for first, group in groups.items():
+        stems, pictures = ({one[0] for one in group if one[1] <= last} for last in (2, 0))
+        whole = len(pictures) == 1 and (pictures == {first} or stems <= {first, *pictures})
+        found = {}
+        for stem, kind, part, name in sorted(group, key=lambda one: (
+                one[0] != first, one[3].lower().endswith(".caption"))):
+            parts = found.setdefault(first if whole else stem, [NOWHERE] * 3)
+            if parts[kind] == NOWHERE:
+                parts[kind] = part
+            else:
+                problems.append(("part of another sample" if whole and stem != first else
+                                 "duplicate member" if kind else "duplicate image", where + name))
+        for key, parts in found.items():
+            if first in pictures and key != first and parts[1:] == [NOWHERE] * 2:
+                problems.append(("part of another sample", where + key))
+            else:
+                samples.append((key, *parts))
+    return samples
 
 
 def write_tar(path, samples):
@@ -243,74 +332,79 @@ def sample(key, suffix, image_bytes, size, caption, extra):
                  "json": json.dumps(facts, ensure_ascii=False).encode()}
 
 
-def list_pictures(folder, problems):
-    """A folder of images -> (files, samples); the parts of a sample are whole files."""
-    files, rows = {}, []  # path -> its number
+def list_pictures(found, suffixes, problems):
+    """The {name: path} of a folder -> files, rows; a part is a whole file."""
+    files, rows, listed = {}, [], set()  # path or JSON -> its number
 
-    def part(path):
-        if not os.path.isfile(path):
-            return (-1, -1, 0)
-        return (files.setdefault(path, len(files)), 0, os.path.getsize(path))
+    def part(file):
+        size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
+        return (files.setdefault(file, len(files)), 0, size)
 
-    pictures = []
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures += [os.path.join(where, name) for name in sorted(names)
-                     if not name.startswith(".")
-                     and os.path.splitext(name)[1][1:].lower() in FOLDER_SUFFIXES]
-    listing = os.path.join(folder, "metadata.jsonl")
-    if not os.path.isfile(listing):
-        for path in pictures:
-            base = os.path.splitext(path)[0]
-            rows.append((os.path.relpath(base, folder).replace(os.sep, "/"), part(path),
-                         part(f"{base}.txt"), part(f"{base}.json")))
-        return list(files), rows
-    place, end = part(listing)[0], 0
-    with open(listing, "rb") as file:
-        for number, line in enumerate(file, 1):
-            span, end = (place, end, len(line)), end + len(line)
-            if not line.strip():
+    for listing in [name for name in found if basename(name) in LISTINGS]:
+        for name, entry in entries(found.pop(listing), problems):
+            name = normpath(join(dirname(listing), name))
+            if name.startswith(("../", "/")):
+                problems.append(("outside the folder", f"{listing}: {name}"))
                 continue
-            try:
-                name = json.loads(line)["file_name"]
-                image = part(os.path.join(folder, name))
-            except (ValueError, KeyError, TypeError) as error:
-                problems.append(("unreadable line of metadata.jsonl",
-                                 f"{listing}, line {number}: {error!r}"))
-                continue
-            # The line itself is the sample's json, and its "text" the caption.
-            rows.append((os.path.splitext(name)[0], image, span, span))
-    listed = set(map(os.path.normpath, files))
-    problems += [("not in metadata.jsonl", path) for path in map(os.path.normpath, pictures)
-                 if path not in listed]
+            # The entry is the sample's json, and its "text" the caption.
+            image = part(found[name]) if name in found else NOWHERE
+            rows.append((splitext(name)[0], image, part(entry), part(entry)))
+            listed.add(name)
+    for key, image, *parts in group_members([(name, part(path)) for name, path in found.items()
+                                             if name not in listed], suffixes, problems):
+        if image == NOWHERE:
+            problems.append(("no image", key))
+        else:
+            rows.append((key, image, *parts))
     return list(files), rows
 
 
+def entries(path, problems):
+    """Yield (file_name, the whole entry as JSON) of a metadata.jsonl or metadata.csv."""
+    table = path.endswith("csv")
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = csv.DictReader(file) if table else file
+        for number in itertools.count(1 + table):
+            try:
+                line = next(lines, "")
+                if not line:
+                    return
+                if table or line.strip():
+                    entry = line if table else json.loads(line)
+                    yield (unicodedata.normalize("NFC", entry["file_name"]),
+                           json.dumps(entry).encode())
+            except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
+                problems.append((f"unreadable line of {basename(path)}",
+                                 f"{path}, line {number}: {error!r}"))
+
+
 class FailureCounter:
-    """Counts unreadable samples by reason and names each once. Stops a run in which more than half
-    of the first 1000 fail, or 1000 in a row.
+    """Counts unreadable samples by reason and names each once. Stops a run if more than half of the
+    first 1000 samples are unreadable, or 1000 in a row.
     """
 
     def __init__(self, dataset):
         self.source, self.trial = dataset.source, min(1000, len(dataset))
-        self.seen, self.in_a_row, self.named = 0, 0, set()
-        self.counts = collections.Counter()
+        self.seen, self.in_a_row, self.reasons = 0, 0, {}  # index -> why
 
     def note(self, batch):
-        """Count a batch, of which `keys` and `failed` are read. Raises UsageError."""
+        """Count a batch, of which `keys`, `failed` and `lost` are read. Raises UsageError."""
         on_trial = self.seen < self.trial
         self.seen += len(batch["keys"]) + len(batch["failed"])
         self.in_a_row = 0 if batch["keys"] else self.in_a_row + len(batch["failed"])
-        for key, failed in batch["failed"]:
-            self.counts[failed.partition(":")[0]] += 1
-            if key not in self.named:
-                self.named.add(key)
-                if len(self.named) <= 20 or len(self.named) % 1000 == 0:  # ours: no flood
-                    tqdm.write(f"{self.source}: left out {key}: {failed} "
-                               f"({len(self.named)} so far)", file=sys.stderr)
-        bad = sum(self.counts.values())
-        if (on_trial and bad > self.trial / 2) or self.in_a_row >= 1000:
-            reasons = ", ".join(f"{n} x {reason}" for reason, n in self.counts.most_common())
-            raise UsageError(f"{self.source}: {bad} of {self.seen} samples cannot be used "
-                             f"({reasons}), such as {batch['failed'][-1][0]}; expected at most "
-                             "half (python -m tools.look shows what is there).")
+        for index, (key, failed) in zip(batch["lost"], batch["failed"]):
+            if index not in self.reasons:
+                self.reasons[index], bad = failed.partition(":")[0], len(self.reasons) + 1
+                if bad <= 20 or bad % 1000 == 0:  # ours: no flood
+                    tqdm.write(f"{self.source}: left out {key}: {failed} ({bad} so far)",
+                               file=sys.stderr)
+        if (on_trial and len(self.reasons) > self.trial / 2) or self.in_a_row >= 1000:
+            raise UsageError(f"{self.source}: {len(self.reasons)} of {min(self.seen, self.trial)} "
+                             f"samples cannot be used ({self.counts()}), such as "
+                             f"{batch['failed'][-1][0]}; expected at most half (python -m "
+                             "tools.look shows what is there).")
+
+    def counts(self):
+        """"2 x cannot be decoded, 1 x empty caption": how many samples were lost, and why."""
+        return ", ".join(f"{n} x {reason}" for reason, n in
+                         collections.Counter(self.reasons.values()).most_common())
