@@ -131,13 +131,10 @@ def to_text(content):
     return text
 
 
-def caption_in(meta):
-    """The caption that a .json, or an entry of a listing, holds; the first of several."""
-    found = next((meta[name] for name in ("text", "caption", "TEXT") if meta.get(name)), None)
-    found = found[0] if isinstance(found, list) else found
-    if not isinstance(found, str):
-        raise BadSample('no caption: no "text" or "caption" in its json')
-    return to_text(found.encode("utf-8", "surrogateescape"))
+def caption_of(meta):
+    """The caption, or a list of them, in a .json or an entry of a listing; None without."""
+    return next((meta[name] for name in ("text", "caption", "TEXT")
+                 if meta.get(name) and isinstance(meta[name], (str, list))), None)
 
 
 # ---- Filters: by what the .json of a sample says -------------------------------------------------
@@ -241,7 +238,11 @@ class CaptionedImages(Dataset):
     def caption(self, index):
         """The caption of a sample: str. Raises BadSample."""
         if (self.parts[index, 1] == self.parts[index, 2]).all():
-            return caption_in(self.meta(index))
+            found = caption_of(self.meta(index))
+            found = found[0] if isinstance(found, list) else found
+            if not isinstance(found, str):
+                raise BadSample('no caption: no "text" or "caption" in its json')
+            return to_text(found.encode("utf-8", "surrogateescape"))
         return to_text(self.bytes_of(index, 1))
 
     def meta(self, index):

@@ -201,11 +201,11 @@ def options():
 def main(argv=None):
     settings = options().parse_args(argv)
     try:
-        lines = Path(settings.prompts).read_text("utf-8").splitlines() if settings.prompts else []
+        text = Path(settings.prompts).read_text("utf-8-sig") if settings.prompts else ""
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{settings.prompts}: expected UTF-8 text, a prompt on each line "
                          f"({error})") from None
-    prompts = settings.prompt + [line.strip() for line in lines if line.strip()]
+    prompts = settings.prompt + [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts and not settings.reconstruct:
         raise UsageError('no prompt: give one, as `python sample.py "a red star"`')
     if not Path(settings.out).parent.is_dir():
@@ -214,6 +214,7 @@ def main(argv=None):
     device = training.setup(settings.seed)
     paths = find(settings.weights, "ab" if settings.reconstruct else "abc")
     chain = load_chain(**paths, clip=settings.clip, device=device)
+    chain.text_c.tell([*prompts, settings.negative])
     settings.size = settings.size or chain.c and (chain.c.config.image_size,) * 2
     if settings.reconstruct:
         sheet = reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)

@@ -29,8 +29,8 @@ def grid(images, columns, captions=None, scale=1):
 
 
 def wrap(text, width, font):
-    """Break a caption into lines that fit under a picture `width` pixels wide."""
-    lines = [""]
+    """Break a caption, or its first 400 letters, into lines under a picture `width` pixels wide."""
+    text, lines = text if len(text) <= 400 else f"{text[:399]}…", [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         fits = not lines[-1] or font.getlength(longer) <= width

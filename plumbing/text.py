@@ -19,6 +19,7 @@ import numpy as np
 import regex
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from plumbing.checkpoint import UNREADABLE, checksum, copied, read_tensors
 from plumbing.cli import ROOT, UsageError
@@ -78,6 +79,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.name, self.tower, self.pad = name, tower, pad
         self.width, self.length = tower.width, tower.context_length
+        self.told = False                                     # which captions are cut
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -93,9 +95,30 @@ class TextEncoder(nn.Module):
         """What a checkpoint keeps of it: {"name": …, "checksum": …}."""
         return {"name": self.name, "checksum": self.checksum}
 
+    def read(self, caption):
+        """-> the ids of a caption up to L - 2; "at word 9, 'blue'" if it is cut there, else ""."""
+        ids, room = [], self.length - 2
+        for number, word in enumerate(regex.finditer(r"\S+", caption), 1):
+            ids += ids_of(word[0][:33 * room])                # no token has 33 letters
+            if len(ids) > room:
+                return ids[:room], f"at word {number}, {word[0][:40]!r}"
+        return ids, ""
+
+    def tell(self, captions):
+        """Say which of the captions are longer than L tokens, and at which word they are cut."""
+        cut = [f"{one[:40]!r} {at}" for one in captions for at in [self.read(one)[1]] if at]
+        if cut:
+            tqdm.write(f"{len(cut)} of {len(captions)} texts are longer than the {self.length} "
+                       f"tokens of the text encoder {self.name} and are cut: "
+                       + "; ".join(cut[:20]) + "; …" * (len(cut) > 20), file=sys.stderr)
+        self.told = self.told or bool(cut)
+
     def tokens(self, captions):
         """[str] -> ids (B, L) int64; real (B, L) bool, False where there is padding."""
-        rows = [[START_OF_TEXT, *ids_of(one)[:self.length - 2], END_OF_TEXT] for one in captions]
+        texts = [self.read(one) for one in captions]
+        if not self.told and any(at for _, at in texts):      # once: training reads them on and on
+            self.tell(captions)
+        rows = [[START_OF_TEXT, *ids, END_OF_TEXT] for ids, _ in texts]
         ids = torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
         ends = torch.tensor([len(row) for row in rows])
         return ids, torch.arange(self.length) < ends[:, None]
