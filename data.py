@@ -242,7 +242,10 @@ class CaptionedImages(Dataset):
             found = found[0] if isinstance(found, list) else found
             if not isinstance(found, str):
                 raise BadSample('no caption: no "text" or "caption" in its json')
-            return to_text(found.encode("utf-8", "surrogateescape"))
+            try:
+                return to_text(found.encode("utf-8", "surrogateescape"))
+            except UnicodeEncodeError:
+                raise BadSample("caption is not UTF-8: half of a letter is escaped") from None
         return to_text(self.bytes_of(index, 1))
 
     def meta(self, index):

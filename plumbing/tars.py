@@ -305,8 +305,9 @@ def group_members(members, suffixes, problems, where=""):
                 problems.append(("part of another sample" if whole and stem != first else
                                  "duplicate member" if kind else "duplicate image", where + name))
         for key, parts in found.items():
-            if first in pictures and key != first and parts[1:] == [NOWHERE] * 2:
-                problems.append(("part of another sample", where + key))
+            part = first in pictures and key != first and parts[1:] == [NOWHERE] * 2
+            if part or parts[0] == NOWHERE:
+                problems.append(("part of another sample" if part else "no image", where + key))
             else:
                 samples.append((key, *parts))
     return samples
@@ -329,7 +330,7 @@ def sample(key, suffix, image_bytes, size, caption, extra):
     facts = {**extra, "caption": caption, "key": key, "width": width, "height": height,
              "original_width": width, "original_height": height}
     return key, {suffix: image_bytes, "txt": caption.encode(),
-                 "json": json.dumps(facts, ensure_ascii=False).encode()}
+                 "json": json.dumps(facts, ensure_ascii=False).encode(errors="replace")}
 
 
 def list_pictures(found, suffixes, problems):
@@ -350,13 +351,8 @@ def list_pictures(found, suffixes, problems):
             image = part(found[name]) if name in found else NOWHERE
             rows.append((splitext(name)[0], image, part(entry), part(entry)))
             listed.add(name)
-    for key, image, *parts in group_members([(name, part(path)) for name, path in found.items()
-                                             if name not in listed], suffixes, problems):
-        if image == NOWHERE:
-            problems.append(("no image", key))
-        else:
-            rows.append((key, image, *parts))
-    return list(files), rows
+    members = [(name, part(path)) for name, path in found.items() if name not in listed]
+    return list(files), rows + group_members(members, suffixes, problems)
 
 
 def entries(path, problems):

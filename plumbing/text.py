@@ -67,6 +67,16 @@ def ids_of(caption):
     return ids
 
 
+def first_ids(caption, room):
+    """-> the first `room` ids of a caption; "at word 9, 'blue'" if it is cut there, else ""."""
+    ids = []
+    for number, word in enumerate(regex.finditer(r"\S+", caption), 1):
+        ids += ids_of(word[0][:33 * room])                    # no token has 33 letters
+        if len(ids) > room:
+            return ids[:room], f"at word {number}, {word[0][:40]!r}"
+    return ids, ""
+
+
 class TextEncoder(nn.Module):
     """Frozen: encoder(["a red star", ""]) -> float32 (B, L, D), after the final layer norm.
 
@@ -95,30 +105,22 @@ class TextEncoder(nn.Module):
         """What a checkpoint keeps of it: {"name": …, "checksum": …}."""
         return {"name": self.name, "checksum": self.checksum}
 
-    def read(self, caption):
-        """-> the ids of a caption up to L - 2; "at word 9, 'blue'" if it is cut there, else ""."""
-        ids, room = [], self.length - 2
-        for number, word in enumerate(regex.finditer(r"\S+", caption), 1):
-            ids += ids_of(word[0][:33 * room])                # no token has 33 letters
-            if len(ids) > room:
-                return ids[:room], f"at word {number}, {word[0][:40]!r}"
-        return ids, ""
-
     def tell(self, captions):
         """Say which of the captions are longer than L tokens, and at which word they are cut."""
-        cut = [f"{one[:40]!r} {at}" for one in captions for at in [self.read(one)[1]] if at]
+        cut = [(one[:40], first_ids(one, self.length - 2)[1]) for one in captions]
+        cut = [f"{text!r} {where}" for text, where in cut if where]
+        self.told = self.told or bool(cut)
         if cut:
             tqdm.write(f"{len(cut)} of {len(captions)} texts are longer than the {self.length} "
                        f"tokens of the text encoder {self.name} and are cut: "
-                       + "; ".join(cut[:20]) + "; …" * (len(cut) > 20), file=sys.stderr)
-        self.told = self.told or bool(cut)
+                       + "; ".join(cut[:20] + ["…"] * (len(cut) > 20)), file=sys.stderr)
 
     def tokens(self, captions):
         """[str] -> ids (B, L) int64; real (B, L) bool, False where there is padding."""
-        texts = [self.read(one) for one in captions]
-        if not self.told and any(at for _, at in texts):      # once: training reads them on and on
+        found = [first_ids(one, self.length - 2) for one in captions]
+        if not self.told and any(cut for _, cut in found):    # once: training reads them on and on
             self.tell(captions)
-        rows = [[START_OF_TEXT, *ids, END_OF_TEXT] for ids, _ in texts]
+        rows = [[START_OF_TEXT, *ids, END_OF_TEXT] for ids, _ in found]
         ids = torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
         ends = torch.tensor([len(row) for row in rows])
         return ids, torch.arange(self.length) < ends[:, None]

@@ -57,10 +57,9 @@ def look(source, out="look.png", shown=24, check=1000):
           + (f" and {len(sizes) - 5:,} others" if len(sizes) > 5 else ""))
     words = [len(caption.split()) for caption in captions]
     print(f"  captions: {min(words)} to {max(words)} words, on average {np.mean(words):.1f}")
-    tokens = [2 + len(text.ids_of(caption[:10_000])) for caption in captions]
-    for length, names in LENGTHS.items():
-        print(f"  longer than the {length} tokens of {names}, and cut there: "
-              f"{sum(n > length for n in tokens):,}")
+    for length, name in LENGTHS.items():
+        cut = sum(bool(text.first_ids(caption, length - 2)[1]) for caption in captions)
+        print(f"  longer than the {length} tokens of {name}, and cut there: {cut:,}")
     damaged = sum("\N{REPLACEMENT CHARACTER}" in caption for caption in captions)
     print(f"  with letters that were lost before (U+FFFD): {damaged:,}\n" * bool(damaged)
           + f"  lists of captions, of which the first is read: {lists:,}\n" * bool(lists), end="")
