@@ -178,7 +178,7 @@ class CaptionedImages(Dataset):
     or, when this sample cannot be read, of index, key and failed="reason: detail".
     """
 
-    suffixes = None  # of images: whatever Pillow decodes
+    suffixes = tars.PICTURES
 
     def __init__(self, source, resize=None, crop=None, seed=0, center=False, filters=None,
                  report=True):

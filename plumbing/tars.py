@@ -7,7 +7,6 @@ What is damaged, foreign or lost is reported as (reason, where); all that is rea
 import collections
 import contextlib
 import csv
-import functools
 import glob
 import hashlib
 import io
@@ -18,17 +17,17 @@ import re
 import sys
 import tarfile
 import unicodedata
-from posixpath import basename, dirname, join, normpath, splitext
+from posixpath import basename, dirname, join, normpath, split, splitext
 
 from PIL import Image
 from tqdm import tqdm
 
 from plumbing.cli import UsageError
 
-# formats that Pillow names and does not decode, or only with other programs
-NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-LISTINGS = ("metadata.jsonl", "metadata.csv")
-NOTES = ("latents.json", "shapes.json")  # that this project writes beside shards
+# The suffixes of what this Pillow decodes by itself: jpg, png, webp, avif, jp2, …
+PICTURES = {suffix[1:] for suffix, name in Image.registered_extensions().items() if name in
+            {*Image.OPEN, "MPO"} - {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}}
+CAPTIONS = {"txt": 1, "caption": 1, "json": 2}  # the part in which each is; 0 is the image
 NOWHERE = (-1, -1, 0)  # a part that a sample does not have
 INDEX_VERSION = 4  # ours: of a cached index; one of another version is made anew
 ENDS = 1 << 16  # ours: so many bytes at both ends of a shard tell it from another
@@ -36,14 +35,7 @@ OPEN_FILES = 32  # ours: handles kept open per process, for sources of many shar
 PER_SHARD = 10_000  # ours: at most so many samples, which four digits of a key can count
 
 
-@functools.cache
-def picture_suffixes():
-    """The suffixes of what the Pillow that is here decodes, in lower case: jpg, png, avif, …"""
-    return tuple(sorted(suffix[1:] for suffix, name in Image.registered_extensions().items()
-                        if name in {*Image.OPEN, "MPO"} - NO_PICTURES))
-
-
-def find_samples(source, suffixes=None):
+def find_samples(source, suffixes=PICTURES):
     """-> files, rows, problems, stamps.
 
     source: as data.py says. files: paths, or the JSON of one entry of a listing. rows: [(key,
@@ -51,38 +43,36 @@ def find_samples(source, suffixes=None):
     of the tars, none for a folder of images. problems: [(reason, where)] of all that is left out.
     Raises UsageError if that is most of it.
     """
-    suffixes, problems = suffixes or picture_suffixes(), []
-    files, rows, stamps, missing = [], [], [], "no caption"
-    found = walk(source, problems) if os.path.isdir(source) else None
-    tars = expand(source) if found is None else [
-        path for name, path in found.items() if "/" not in name and name.lower().endswith(".tar")]
-    if tars and found:
-        problems += [("beside the shards", path) for name, path in found.items()
-                     if path not in tars and name not in NOTES]
-    elif found:
-        missing = next((f"not in {name}" for name in map(basename, found) if name in LISTINGS),
-                       missing)
+    files, rows, stamps, problems = [], [], [], []
+    found = walk(source, problems) if os.path.isdir(source) else dict.fromkeys(expand(source))
+    tars = [found[name] or name for name in found if not found[name] or "/" not in name
+            and name.lower().endswith(".tar")]
+    if not tars:
         files, rows = list_pictures(found, suffixes, problems)
+    else:
+        known = {*tars, None}
+        problems += [("beside the shards", path) for name, path in found.items()
+                     if path not in known and name not in ("latents.json", "shapes.json")]
     for path in tqdm(tars, desc="index of the shards", unit="shard", delay=1, leave=False):
         samples, wrong, stamp = index_tar(path, suffixes)
         problems += wrong if samples or wrong else [("no samples", path)]
         rows += [(key, *((len(files), *part[1:]) if part[0] == 0 else part for part in parts))
                  for key, *parts in samples]
-        files += [path] * bool(samples)
-        stamps += [stamp] * bool(samples)
+        if samples:
+            files.append(path)
+            stamps.append(stamp)
     # A caption may stand in the json alone. data.py sees it when it reads that.
-    rows = [(key, image, json if txt[0] < 0 else txt, json) for key, image, txt, json in rows]
+    rows = [(key, image, facts if txt[0] < 0 else txt, facts) for key, image, txt, facts in rows]
     reasons = ["name is not UTF-8" if shown(key) != key else "no image" if image[0] < 0 else
-               missing if txt[0] < 0 else "empty image" if image[2] == 0 else None
+               "no caption" if txt[0] < 0 else "empty image" if image[2] == 0 else None
                for key, image, txt, _ in rows]
-    twice = sum(reason == "duplicate image" for reason, _ in problems)
     problems += [(reason, key) for reason, (key, *_) in zip(reasons, rows) if reason]
     problems = [(reason, shown(where)) for reason, where in problems]
-    rows, total = [row for row, reason in zip(rows, reasons) if not reason], len(rows) + twice
-    if 2 * len(rows) < total or not rows:
-        raise unusable(source, f"{total - len(rows):,} of {total:,} samples are unusable" if rows
-                       else "no sample is usable", problems)
-    return files, rows, problems, stamps
+    usable = [row for row, reason in zip(rows, reasons) if not reason]
+    if 2 * len(usable) < len(rows) or not usable:
+        raise unusable(source, f"{len(rows) - len(usable):,} of {len(rows):,} samples are unusable"
+                       if usable else "no sample is usable", problems)
+    return files, usable, problems, stamps
 
 
 def shown(name):
@@ -103,7 +93,7 @@ def unusable(source, what, problems):
 
 class Reader:
     """Reads parts (number of the file, offset, size) of `files`, a few of which stay open. A tar
-    that is no longer the one of which `stamps` holds the stamp is not read.
+    that has another stamp than in `stamps`, or another file that has another size, is not read.
     """
 
     def __init__(self, files, stamps):
@@ -120,16 +110,15 @@ class Reader:
             while len(self.handles) >= OPEN_FILES:
                 self.handles.pop(next(iter(self.handles))).close()
             self.handles[number] = open(self.files[number], "rb")
-        handle = self.handles[number]
-        now = os.fstat(handle.fileno())
+        now = os.fstat(self.handles[number].fileno())
         state = (now.st_ino, now.st_size, now.st_ctime_ns)  # no program can set its ctime back
-        same = self.seen.get(number) == state if self.stamps else now.st_size == size
-        if self.stamps and not same:
-            same, self.seen[number] = stamp_of(handle) == self.stamps[number], state
-        found = os.pread(handle.fileno(), size, offset)  # moves no shared position
+        same = self.seen.get(number) == state or (
+            stamp_of(self.handles[number]) == self.stamps[number] if self.stamps else
+            now.st_size == size)
+        found = os.pread(self.handles[number].fileno(), size, offset)  # moves no shared position
         if not same or len(found) != size:
-            self.seen.pop(number, None)
             raise OSError(f"the file has changed since it was listed: {self.files[number]}")
+        self.seen[number] = state
         return found
 
 
@@ -160,56 +149,57 @@ def expand(source):
     """-> the paths of the tars that a source which is no folder means."""
     if os.path.exists(source):
         return [source]
-    tars = expand_braces(source)
+    tars = list(itertools.islice(braces(source), 10 ** 6))
+    if len(tars) == 10 ** 6:
+        raise UsageError(f"{source}: found a million shards, expected fewer")
     if any(mark in source for mark in "*?["):
         tars = sorted(path for pattern in tars for path in glob.glob(pattern))
     return tars
 
 
-def expand_braces(pattern):
-    """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar']; '{a,b}' works too."""
+def braces(pattern):
+    """'a{08..10}.tar' -> 'a08.tar', 'a09.tar', 'a10.tar'; '{a,b}' works too."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if span:
-        first, last = span.groups()
-        parts = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    else:
-        parts = match[1].split(",")
-    return [done for part in parts
-            for done in expand_braces(pattern[:match.start()] + part + pattern[match.end():])]
+    for part in (f"{n:0{len(span[1])}d}" for n in range(int(span[1]), int(span[2]) + 1)
+                 ) if span else match[1].split(","):
+        yield from braces(pattern[:match.start()] + part + pattern[match.end():])
 
 
 def index_tar(path, suffixes):
     """-> samples, problems, stamp of one tar, from the cached index where that is up to date."""
-    try:
-        with open(path if os.path.isfile(path) else "", "rb") as handle:
-            stamp = stamp_of(handle)
-    except OSError:
-        return [], [("unreadable shard" if os.path.isfile(path) else "missing shard", path)], None
-    full, about = os.path.abspath(path), repr((INDEX_VERSION, stamp, *suffixes)).encode()
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        return [], [("unreadable shard" if os.path.exists(path) else "missing shard", path)], None
+    with open(path, "rb") as handle:
+        stamp = stamp_of(handle)
+    full, about = os.path.abspath(path), repr((INDEX_VERSION, stamp, sorted(suffixes)))
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    digest = hashlib.sha256(os.fsencode(full)).hexdigest()[:24]
     places = (f"{dirname(full)}/.index/{basename(full)}.json",
-              f"{home}/captioned_shards/{digest}.json")
+              f"{home}/captioned_shards/{sha256(full)[:24]}.json")
     for place in places:
         with contextlib.suppress(OSError, ValueError):  # not there, not ours
-            with open(place, "rb") as file:
-                signed, body = file.read().split(b"\n", 1)
-            if signed == hashlib.sha256(about + body).hexdigest().encode():  # of this very tar
+            with open(place, encoding="utf-8") as file:
+                signed, body = file.read().split("\n", 1)
+            if signed == sha256(about + body):  # it is whole, and of this very tar
                 return *json.loads(body), stamp
     members, problems = scan_tar(path)
     samples = group_members(members, suffixes, problems, f"{path}: ")
-    body = json.dumps([samples, problems]).encode()
+    body = json.dumps([samples, problems])
     for place in places:
         with contextlib.suppress(OSError):  # read-only: the next place, or no cache at all
             os.makedirs(dirname(place), exist_ok=True)
-            with open(f"{place}.{os.getpid()}", "wb") as file:
-                file.write(hashlib.sha256(about + body).hexdigest().encode() + b"\n" + body)
+            with open(f"{place}.{os.getpid()}", "w", encoding="utf-8") as file:
+                file.write(f"{sha256(about + body)}\n{body}")
             os.replace(file.name, place)
             break
     return samples, problems, stamp
+
+
+def sha256(text):
+    return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
 def stamp_of(handle):
@@ -279,35 +269,35 @@ def group_members(members, suffixes, problems, where=""):
     Where several pictures, or a picture and the caption of another one, share that, it goes up to
     the last: IMG.2024.01.jpg and IMG.2024.01.txt.
     """
-    groups, samples = {}, []
+    groups, samples, kinds = {}, [], {**dict.fromkeys(suffixes, 0), **CAPTIONS}
     for name, part in members:
-        folder, base = os.path.split(unicodedata.normalize("NFC", name.removeprefix("./")))
+        folder, base = split(unicodedata.normalize("NFC", name.removeprefix("./")))
         stem, dot, suffix = base.rpartition(".")
-        kind = 0 if suffix.lower() in suffixes else {
-            "txt": 1, "caption": 1, "json": 2}.get(suffix.lower())
+        kind = kinds.get(suffix.lower()) if dot else None
         if base.startswith(".") or (base.startswith("__") and base.endswith("__")):
-            continue  # "._a.jpg" that macOS adds, ".DS_Store", webdataset's own "__x__"
-        if kind is None or not dot:
-            problems.append((f"{'.' * bool(dot)}{suffix} is not read", where + name))
-            continue
-        first = join(folder, base.partition(".")[0])
-        groups.setdefault(first, []).append((join(folder, stem), kind, part, name))
+            pass  # "._a.jpg" that macOS adds, ".DS_Store", webdataset's own "__x__"
+        elif kind is None:
+            problems.append((f"{dot}{suffix} is not read", where + name))
+        else:
+            groups.setdefault(join(folder, base.partition(".")[0]), []).append(
+                (join(folder, stem), suffix.lower() == "caption", kind, part, name))
     for first, group in groups.items():
-        stems, pictures = ({one[0] for one in group if one[1] <= last} for last in (2, 0))
-        whole = len(pictures) == 1 and (pictures == {first} or stems <= {first, *pictures})
-        found = {}
-        for stem, kind, part, name in sorted(group, key=lambda one: (
-                one[0] != first, one[3].lower().endswith(".caption"))):
+        pictures = {stem for stem, _, kind, *_ in group if kind == 0}
+        whole = len(pictures) == 1 and {stem for stem, *_ in group} <= {first, *pictures}
+        whole, found = whole or pictures == {first}, {}
+        for stem, _, kind, part, name in sorted(group, key=lambda one: (one[0] != first, one[1])):
             parts = found.setdefault(first if whole else stem, [NOWHERE] * 3)
             if parts[kind] == NOWHERE:
                 parts[kind] = part
+            elif kind or stem != first and whole:
+                problems.append(("duplicate member", where + name))
             else:
-                problems.append(("part of another sample" if whole and stem != first else
-                                 "duplicate member" if kind else "duplicate image", where + name))
+                samples.append((name, part, NOWHERE, NOWHERE))  # counts as one without caption
         for key, parts in found.items():
-            part = first in pictures and key != first and parts[1:] == [NOWHERE] * 2
-            if part or parts[0] == NOWHERE:
-                problems.append(("part of another sample" if part else "no image", where + key))
+            if first in pictures and key != first and parts[1:] == [NOWHERE] * 2:
+                problems.append(("part of another sample", where + key))
+            elif parts[0] == NOWHERE:
+                problems.append(("no image", where + key))
             else:
                 samples.append((key, *parts))
     return samples
@@ -341,7 +331,7 @@ def list_pictures(found, suffixes, problems):
         size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
         return (files.setdefault(file, len(files)), 0, size)
 
-    for listing in [name for name in found if basename(name) in LISTINGS]:
+    for listing in [name for name in found if basename(name) in ("metadata.jsonl", "metadata.csv")]:
         for name, entry in entries(found.pop(listing), problems):
             name = normpath(join(dirname(listing), name))
             if name.startswith(("../", "/")):

@@ -96,7 +96,7 @@ def test_folder_with_metadata_jsonl(tmp_path, capfd):
     assert [found.caption(i) for i in range(2)] == ["an a", "ä b"]
     assert found[0]["meta"]["score"] == 3
     assert counts(found) == {"unreadable line of metadata.jsonl": 1, "no image": 1,
-                              "not in metadata.jsonl": 1}
+                              "no caption": 1}
     assert found[2]["failed"].startswith("no caption")
     assert "line 4" in capfd.readouterr().err
 

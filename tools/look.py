@@ -89,7 +89,7 @@ def contact_sheet(dataset, indices):
 
 def short(caption):
     """The first 150 letters of a caption, without accents, which Pillow's own font lacks."""
-    letters = unicodedata.normalize("NFD", caption)
+    letters = unicodedata.normalize("NFD", caption[:1000])
     first, *rest = textwrap.wrap("".join(c for c in letters if not unicodedata.combining(c)),
                                  150) or [""]
     return f"{first} …" if rest else first
