@@ -214,7 +214,7 @@ def main(argv=None):
     device = training.setup(settings.seed)
     paths = find(settings.weights, "ab" if settings.reconstruct else "abc")
     chain = load_chain(**paths, clip=settings.clip, device=device)
-    chain.text_c.tell([*prompts, settings.negative])
+    chain.text_c.tokens([*prompts, settings.negative])        # which says what is cut, of them all
     settings.size = settings.size or chain.c and (chain.c.config.image_size,) * 2
     if settings.reconstruct:
         sheet = reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)

@@ -105,21 +105,17 @@ class TextEncoder(nn.Module):
         """What a checkpoint keeps of it: {"name": …, "checksum": …}."""
         return {"name": self.name, "checksum": self.checksum}
 
-    def tell(self, captions):
-        """Say which of the captions are longer than L tokens, and at which word they are cut."""
-        cut = [(one[:40], first_ids(one, self.length - 2)[1]) for one in captions]
-        cut = [f"{text!r} {where}" for text, where in cut if where]
-        self.told = self.told or bool(cut)
-        if cut:
+    def tokens(self, captions):
+        """[str] -> ids (B, L) int64; real (B, L) bool, False where there is padding. Says once how
+        many are longer, and at which word they are cut: training reads them on and on.
+        """
+        found = [first_ids(one, self.length - 2) for one in captions]
+        cut = [f"{one[:40]!r} {where}" for one, (_, where) in zip(captions, found) if where]
+        if cut and not self.told:
             tqdm.write(f"{len(cut)} of {len(captions)} texts are longer than the {self.length} "
                        f"tokens of the text encoder {self.name} and are cut: "
                        + "; ".join(cut[:20] + ["…"] * (len(cut) > 20)), file=sys.stderr)
-
-    def tokens(self, captions):
-        """[str] -> ids (B, L) int64; real (B, L) bool, False where there is padding."""
-        found = [first_ids(one, self.length - 2) for one in captions]
-        if not self.told and any(cut for _, cut in found):    # once: training reads them on and on
-            self.tell(captions)
+        self.told = self.told or bool(cut)
         rows = [[START_OF_TEXT, *ids, END_OF_TEXT] for ids, _ in found]
         ids = torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
         ends = torch.tensor([len(row) for row in rows])

@@ -1,6 +1,10 @@
 """A zoo of files and folders: what is damaged, odd or foreign is read, or counted and named."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import time
 import types
 
@@ -10,11 +14,14 @@ import torch
 from PIL import Image
 
 import data
+import sample
+import semantic_compressor
 from plumbing import cli, pictures, tars
 from plumbing.cli import UsageError
-from tests.common import encoded, make_tar, members_of, take
+from pocket import shapes
+from tests.common import HERE, contents, encoded, make_tar, members_of, take
 from tests.test_tars import counts
-from tools import look, pack
+from tools import cache_latents, look, pack
 
 
 @pytest.mark.parametrize("content, found", [
@@ -53,11 +60,11 @@ def files_of(found):
     """What becomes of each file of a source: {name: "sample" or the reason why it is none}."""
     fate = {}
     for index in range(len(found)):
-        sample = found[index]
+        here = found[index]
         for number, *_ in found.parts[index].tolist():
             file = found._reader.files[number] if number >= 0 else b""
             if not isinstance(file, bytes):
-                fate[os.path.relpath(file, found.source)] = sample.get("failed", "sample")
+                fate[os.path.relpath(file, found.source)] = here.get("failed", "sample")
     return fate
 
 
@@ -386,3 +393,87 @@ def test_odd_json_does_not_stop_anything(tmp_path):
     look.look(tmp_path / "in", tmp_path / "look.png")
     pack.pack(tmp_path / "in", tmp_path / "out")
     assert len(data.CaptionedImages(tmp_path / "out")) >= 6
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("pattern", ["{0..99999999999}.tar", pytest.param(
+    "{0..99999}/{0..99999}.tar", marks=pytest.mark.slow)])
+def test_a_pattern_without_end(tmp_path, pattern):
+    """A brace pattern of very many shards is refused at once, nested ones too."""
+    with pytest.raises(UsageError, match="found a million shards, expected fewer"):
+        data.CaptionedImages(f"{tmp_path}/{pattern}")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"\xff", b"[" * 100_000,
+                                     b'{"compressor": 5, "image_size": 128}',
+                                     b'{"compressor": "x", "image_size": true}',
+                                     b'{"compressor": "x", "image_size": "128"}'])
+def test_damaged_notes_beside_shards(chain, drawings, tmp_path, content):
+    """A damaged latents.json or shapes.json is one sentence that names it."""
+    for name in ("latents.json", "shapes.json"):
+        (tmp_path / name).write_bytes(content)
+    compressor = semantic_compressor.load(chain / "stage_b/checkpoint.pt")
+    for call in (lambda: semantic_compressor.cached(tmp_path, compressor),
+                 lambda: cache_latents.cache(drawings, chain / "stage_b/checkpoint.pt", tmp_path),
+                 lambda: shapes.make_shapes(tmp_path, 2, workers=1)):
+        with pytest.raises(UsageError, match=r"(latents|shapes)\.json: found|holds other data"):
+            call()
+
+
+def test_a_left_over_note_does_not_lock(chain, drawings, tmp_path):
+    """A kill between the two lines that write latents.json leaves a folder that can be used; what
+    is there already is kept with the samples it was made of."""
+    (tmp_path / "latents.json.tmp").write_text('{"compr')
+    made = dict(weights=chain / "stage_b/checkpoint.pt", out=tmp_path, workers=0, per_shard=10)
+    cache_latents.cache(drawings, **made)
+    assert len(data.CaptionedLatents(tmp_path)) == 24
+    note = tmp_path / "latents.json"
+    note.write_text(note.read_text().replace('"data": "', '"data": "0'))
+    with pytest.raises(UsageError, match="made with another data"):
+        cache_latents.cache(drawings, **made)
+
+
+@pytest.mark.parametrize("group, number", [
+    (True, signal.SIGTERM), pytest.param(False, signal.SIGTERM, marks=pytest.mark.slow),
+    pytest.param(True, signal.SIGINT, marks=pytest.mark.slow)])
+def test_shapes_end_without_words(tmp_path, group, number):
+    """SIGTERM or Ctrl-C, to the command or to all of its processes, is one sentence; the same
+    command goes on."""
+    code = "from plumbing import cli; from pocket import shapes; cli.start(shapes.main, {!r})"
+    flags = ["--out", str(tmp_path / "s"), "--count", "100000", "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-c", code.format(flags)], cwd=HERE, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    limit = time.monotonic() + 100
+    while not list(tmp_path.glob("s/*.tar")) and time.monotonic() < limit:
+        time.sleep(0.1)
+    (os.killpg if group else os.kill)(process.pid, number)
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and said.rstrip().splitlines()[-1].startswith("stopped"), said
+    assert "Traceback" not in said and "Broken" not in said, said
+    with pytest.raises(ProcessLookupError):                     # no worker is left
+        os.killpg(process.pid, 0)
+
+
+def test_workers_of_shapes(tmp_path):
+    """Workers give what one process gives; an error of a worker is the command's."""
+    for workers in (1, 3):
+        shapes.make_shapes(tmp_path / str(workers), 10, size=16, workers=workers, per_shard=2)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    (tmp_path / "full/00001.tar.tmp").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        shapes.make_shapes(tmp_path / "full", 10, size=16, workers=2, per_shard=2)
+
+
+def test_prompt_files(chain, tmp_path, capsys):
+    """A prompt stands on a line as editors show lines: U+2028 and \\x0b are spaces in it, a BOM is
+    nothing; one that is too long is said to be cut, and where."""
+    (tmp_path / "p.txt").write_bytes("\ufeffa red\u2028star\r\n\r\na\x0bb\x85c\n".encode() +
+                                     b"blue " * 30)
+    sample.main(["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "x.png"),
+                 "--weights", str(chain), "--steps-c", "1", "--steps-b", "1"])
+    about = json.loads(Image.open(tmp_path / "x.png").info["parameters"])
+    assert about["prompts"] == ["a red\u2028star", "a\x0bb\x85c", ("blue " * 30).strip()]
+    said = capsys.readouterr().err
+    assert said.count("1 of 4 texts are longer than the 24 tokens") == 1, said
+    assert "at word 23, 'blue'" in said
