@@ -5,15 +5,14 @@ A source is one of
     "shards/{00000..00099}.tar"      a brace pattern (quoted, or the shell expands it), a glob
                                      or one tar
     pictures/                        a folder of images, each with its caption in NAME.txt
-    pictures/                        ... or all captions in metadata.jsonl, one line per image:
-                                     {"file_name": "cat.png", "text": "a cat on a mat"}, or in
-                                     metadata.csv with these columns
+    pictures/                        ... or all captions in metadata.csv or metadata.jsonl, as
+                                     {"file_name": "cat.png", "text": "a cat on a mat"} on a line
 and a tar or a folder holds, for each sample, files that share everything up to their first dot,
 or, where that would put several pictures together, up to their last:
     000000007.jpg     the image: whatever Pillow decodes
     000000007.txt     its caption, UTF-8; or .caption
-    000000007.json    optional: anything else that is known about it; its "text" or "caption" is
-                      the caption where there is no .txt, the first of them where it is a list
+    000000007.json    optional: anything else that is known about it. Without a .txt its "text" or
+                      "caption" is the caption, the first one of a list
 
 An epoch is one seeded permutation of all samples, whatever the numbers of shards and workers, and a
 position (epoch, sample) in it is where a stopped run goes on exactly. What cannot be read is left
@@ -194,10 +193,8 @@ class CaptionedImages(Dataset):
             self.apply(filters)
         if report and self.problems:  # nothing is lost in silence
             tqdm.write(self.describe(), file=sys.stderr)
-        # Of the index and both ends of each shard: another one means other samples.
-        digest = hashlib.sha256(repr([ends for *_, ends in self.stamps]).encode())
-        digest.update(self.keys.tobytes() + self.parts.tobytes())
-        self.checksum = digest.hexdigest()
+        content = [*(ends.encode() for *_, ends in self.stamps), self.keys.tobytes()]
+        self.checksum = hashlib.sha256(b"".join([*content, self.parts.tobytes()])).hexdigest()
 
     def apply(self, filters):
         reasons = []
@@ -292,8 +289,8 @@ class CaptionedImages(Dataset):
             "captions": [sample["caption"] for sample in good],
             "keys": [sample["key"] for sample in good],
             "indices": [sample["index"] for sample in good],
-            "failed": [(one["key"], one["failed"]) for one in samples if "failed" in one],
-            "lost": [one["index"] for one in samples if "failed" in one]}
+            "failed": {one["index"]: (one["key"], one["failed"])
+                       for one in samples if "failed" in one}}
 
 
 class CaptionedLatents(CaptionedImages):
@@ -331,7 +328,7 @@ def places(length, config, rank, world, taken=0, given=0):
 class Stream:
     """Batches without end, from a position that a checkpoint keeps: dicts of
         images    float32 (B, 3, H, W) in [0, 1]; from a Memory instead `remembered`, its tensors
-        captions  [str], keys [str], indices [int], failed [(key, reason)], lost [int]: its indices
+        captions  [str], keys [str], indices [int], failed {index: (key, reason)}
         position  (epoch, sample) after this batch: a stream begun there goes on with the next.
     config: a stage's Config, of which batch_size, accumulate, seed and workers count. A batch
     without any usable sample is passed over. Raises UsageError if most are unusable.
@@ -430,7 +427,7 @@ def remember(dataset, encode, batch_size=64, workers=0, label="encode"):
     with tqdm(total=len(dataset), desc=label, unit="img") as bar, torch.no_grad():
         for indices, batch in batches_in_order(dataset, range(len(dataset)), batch_size, workers):
             failures.note(batch)
-            memory.failed.update(zip(batch["lost"], batch["failed"]))
+            memory.failed.update(batch["failed"])
             kept = [x.half().cpu() if x.is_floating_point() else x.cpu()
                     for x in (encode(batch) if batch["keys"] else ())]
             if not all(torch.isfinite(x).all() for x in kept):
@@ -459,5 +456,4 @@ class Memory(Dataset):
         return {"remembered": tuple(x.float() if x.is_floating_point() else x for x in columns),
                 "keys": [key for key, _, _ in good], "captions": [text for _, text, _ in good],
                 "indices": [index for index in indices if index in self.rows],
-                "failed": [self.failed[index] for index in indices if index in self.failed],
-                "lost": [index for index in indices if index in self.failed]}
+                "failed": {index: self.failed[index] for index in indices if index in self.failed}}

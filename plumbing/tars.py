@@ -374,11 +374,11 @@ class FailureCounter:
         self.seen, self.in_a_row, self.reasons = 0, 0, {}  # index -> why
 
     def note(self, batch):
-        """Count a batch, of which `keys`, `failed` and `lost` are read. Raises UsageError."""
+        """Count a batch, of which `keys` and `failed` are read. Raises UsageError."""
         on_trial = self.seen < self.trial
         self.seen += len(batch["keys"]) + len(batch["failed"])
         self.in_a_row = 0 if batch["keys"] else self.in_a_row + len(batch["failed"])
-        for index, (key, failed) in zip(batch["lost"], batch["failed"]):
+        for index, (key, failed) in batch["failed"].items():
             if index not in self.reasons:
                 self.reasons[index], bad = failed.partition(":")[0], len(self.reasons) + 1
                 if bad <= 20 or bad % 1000 == 0:  # ours: no flood
@@ -386,9 +386,8 @@ class FailureCounter:
                                file=sys.stderr)
         if (on_trial and len(self.reasons) > self.trial / 2) or self.in_a_row >= 1000:
             raise UsageError(f"{self.source}: {len(self.reasons)} of {min(self.seen, self.trial)} "
-                             f"samples cannot be used ({self.counts()}), such as "
-                             f"{batch['failed'][-1][0]}; expected at most half (python -m "
-                             "tools.look shows what is there).")
+                             f"samples cannot be used ({self.counts()}), such as {key}; expected "
+                             "at most half (python -m tools.look shows what is there).")
 
     def counts(self):
         """"2 x cannot be decoded, 1 x empty caption": how many samples were lost, and why."""

@@ -48,10 +48,9 @@ def pack(folder, out, per_shard=1000):
             image = data.decode(content)  # all of it, so that no broken file gets into a shard
             caption, extra = dataset.caption(index), dataset.meta(index)
         except data.BadSample as error:
-            failures.note({"keys": [], "lost": [index],
-                           "failed": [(dataset.key(index), str(error))]})
+            failures.note({"keys": [], "failed": {index: (dataset.key(index), str(error))}})
             continue
-        failures.note({"keys": [dataset.key(index)], "lost": [], "failed": []})
+        failures.note({"keys": [dataset.key(index)], "failed": {}})
         suffix = COPIED.get(Image.open(io.BytesIO(content)).format)
         if suffix is None:
             png = io.BytesIO()
