@@ -44,15 +44,15 @@ def find_samples(source, suffixes=PICTURES):
     Raises UsageError if that is most of it.
     """
     files, rows, stamps, problems = [], [], [], []
-    found = walk(source, problems) if os.path.isdir(source) else dict.fromkeys(expand(source))
-    tars = [found[name] or name for name in found if not found[name] or "/" not in name
-            and name.lower().endswith(".tar")]
-    if not tars:
+    found = walk(source, problems) if os.path.isdir(source) else {}
+    tars = {name: path for name, path in found.items()
+            if "/" not in name and name.lower().endswith(".tar")}
+    if tars:
+        others = set(found) - set(tars) - {"latents.json", "shapes.json"}
+        problems += [("beside the shards", found[name]) for name in sorted(others)]
+    elif os.path.isdir(source):
         files, rows = list_pictures(found, suffixes, problems)
-    else:
-        known = {*tars, None}
-        problems += [("beside the shards", path) for name, path in found.items()
-                     if path not in known and name not in ("latents.json", "shapes.json")]
+    tars = list(tars.values()) if os.path.isdir(source) else expand(source)
     for path in tqdm(tars, desc="index of the shards", unit="shard", delay=1, leave=False):
         samples, wrong, stamp = index_tar(path, suffixes)
         problems += wrong if samples or wrong else [("no samples", path)]
