@@ -5,12 +5,14 @@ A source is one of
     "shards/{00000..00099}.tar"      a brace pattern (quoted, or the shell expands it), a glob
                                      or one tar
     pictures/                        a folder of images, each with its caption in NAME.txt
-    pictures/                        ... or all captions in metadata.jsonl, one line per image:
-                                     {"file_name": "cat.png", "text": "a cat on a mat"}
-and a tar holds, for each sample, members that share everything up to their first dot:
-    000000007.jpg     the image: .jpg .jpeg .png or .webp
-    000000007.txt     its caption, UTF-8
-    000000007.json    optional: anything else that is known about it
+    pictures/                        ... or all captions in metadata.csv or metadata.jsonl, as
+                                     {"file_name": "cat.png", "text": "a cat on a mat"} on a line
+and a tar or a folder holds, for each sample, files that share everything up to their first dot,
+or, where that would put several pictures together, up to their last:
+    000000007.jpg     the image: whatever Pillow decodes
+    000000007.txt     its caption, UTF-8; or .caption
+    000000007.json    optional: anything else that is known about it. Without a .txt its "text" or
+                      "caption" is the caption, the first one of a list
 
 An epoch is one seeded permutation of all samples, whatever the numbers of shards and workers, and a
 position (epoch, sample) in it is where a stopped run goes on exactly. What cannot be read is left
@@ -24,11 +26,13 @@ out, counted by reason and named; a source of which most cannot be read stops th
 """
 
 import copy
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import struct
 import sys
@@ -93,6 +97,8 @@ def fit(image, resize=None, crop=None, rng=None):
     crop_height, crop_width = (crop, crop) if isinstance(crop, int) else crop or (1, 1)
     scale = max(resize / min(width, height) if resize else 1.0,
                 crop_width / width, crop_height / height)  # so that the crop always fits
+    if width * height * scale ** 2 > MAX_PIXELS:
+        raise BadSample(f"too many pixels: {width} x {height} enlarged {scale:.3g} times")
     if scale != 1.0:
         width = max(crop_width, round(width * scale))
         height = max(crop_height, round(height * scale))
@@ -103,6 +109,31 @@ def fit(image, resize=None, crop=None, rng=None):
                      (int(rng.integers(n + 1)) for n in free))
         image = image.crop((left, top, left + crop_width, top + crop_height))
     return image
+
+
+# ---- Captions: bytes or json -> str --------------------------------------------------------------
+
+def to_text(content):
+    """The bytes of a caption -> str, with single spaces."""
+    try:
+        text = " ".join(content.decode("utf-8-sig").split())
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        pairs = re.sub(rb"[\xa1-\xfe]{2}", b"", content).isascii()
+        guess = ("utf-16" if b"\0" in content else "gb18030" if pairs else
+                 "cp1252" if re.search(rb"[\x80-\x9f]", content) else "latin-1")
+        raise BadSample(f"caption is not UTF-8: as {guess} it would be "
+                        f"{content.decode(guess, errors='replace')[:40]!r}")
+    if not text:
+        raise BadSample("empty caption")
+    return text
+
+
+def caption_of(meta):
+    """The caption, or a list of them, in a .json or an entry of a listing; None without."""
+    return next((meta[name] for name in ("text", "caption", "TEXT")
+                 if meta.get(name) and isinstance(meta[name], (str, list))), None)
 
 
 # ---- Filters: by what the .json of a sample says -------------------------------------------------
@@ -125,7 +156,7 @@ def rejected(meta, filters):
         "pwatermark": [meta.get("pwatermark")], "punsafe": [meta.get("punsafe")]}
     for name, bound in filters.items():
         kind, field = name.split("_")
-        if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in facts[field]):
+        if not all(type(one) in (int, float) and abs(one) < math.inf for one in facts[field]):
             return f"no {field}"
         if min(facts[field]) < bound if kind == "min" else max(facts[field]) > bound:
             return f"{field} {'below' if kind == 'min' else 'above'} {bound}"
@@ -146,15 +177,15 @@ class CaptionedImages(Dataset):
     or, when this sample cannot be read, of index, key and failed="reason: detail".
     """
 
-    suffixes = tars.IMAGE_SUFFIXES
+    suffixes = tars.PICTURES
 
     def __init__(self, source, resize=None, crop=None, seed=0, center=False, filters=None,
                  report=True):
         self.source, self.resize, self.crop = os.fspath(source), resize, crop
         self.seed, self.center = seed, center
         # problems: [(reason, where)] of all that is left out
-        files, rows, self.problems, in_tars = tars.find_samples(self.source, self.suffixes)
-        self.shards, self._reader = files if in_tars else [], tars.Reader(files)
+        files, rows, self.problems, self.stamps = tars.find_samples(self.source, self.suffixes)
+        self.shards, self._reader = files if self.stamps else [], tars.Reader(files, self.stamps)
         # Arrays, not lists: workers share them with the main process without copying.
         self.keys = np.array([key.encode(errors="replace") for key, *_ in rows])     # (N,)
         self.parts = np.array([parts for _, *parts in rows], dtype=np.int64)         # (N, 3, 3)
@@ -162,6 +193,8 @@ class CaptionedImages(Dataset):
             self.apply(filters)
         if report and self.problems:  # nothing is lost in silence
             tqdm.write(self.describe(), file=sys.stderr)
+        content = [*(ends.encode() for *_, ends in self.stamps), self.keys.tobytes()]
+        self.checksum = hashlib.sha256(b"".join([*content, self.parts.tobytes()])).hexdigest()
 
     def apply(self, filters):
         reasons = []
@@ -200,19 +233,24 @@ class CaptionedImages(Dataset):
             raise BadSample(f"cannot be read: {error}") from None
 
     def caption(self, index):
-        text = self.bytes_of(index, 1).decode("utf-8-sig", errors="replace")
-        if self.parts[index, 1, 0] == self.parts[index, 2, 0] and not self.shards:
-            text = json.loads(text).get("text")  # this "txt" is a line of metadata.jsonl
-            if not isinstance(text, str):
-                raise BadSample('no caption: no "text" in its line of metadata.jsonl')
-        return " ".join(text.split())
+        """The caption of a sample: str. Raises BadSample."""
+        if (self.parts[index, 1] == self.parts[index, 2]).all():
+            found = caption_of(self.meta(index))
+            found = found[0] if isinstance(found, list) else found
+            if not isinstance(found, str):
+                raise BadSample('no caption: no "text" or "caption" in its json')
+            try:
+                return to_text(found.encode("utf-8", "surrogateescape"))
+            except UnicodeEncodeError:
+                raise BadSample("caption is not UTF-8: half of a letter is escaped") from None
+        return to_text(self.bytes_of(index, 1))
 
     def meta(self, index):
         """What the .json of a sample says: a dict, empty where there is none."""
         data = self.bytes_of(index, 2)
         try:
             found = json.loads(data) if data else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample(f"json cannot be read: {error}") from None
         return found if isinstance(found, dict) else {}
 
@@ -251,7 +289,8 @@ class CaptionedImages(Dataset):
             "captions": [sample["caption"] for sample in good],
             "keys": [sample["key"] for sample in good],
             "indices": [sample["index"] for sample in good],
-            "failed": [(one["key"], one["failed"]) for one in samples if "failed" in one]}
+            "failed": {one["index"]: (one["key"], one["failed"])
+                       for one in samples if "failed" in one}}
 
 
 class CaptionedLatents(CaptionedImages):
@@ -290,7 +329,7 @@ class Stream:
     """Batches without end, from a position that a checkpoint keeps: dicts of
         images    float32 (B, 3, H, W) in [0, 1], on `device`
                   from a Memory instead `remembered`, its tensors, on the CPU
-        captions  [str], keys [str], indices [int], failed [(key, reason)]
+        captions  [str], keys [str], indices [int], failed {index: (key, reason)}
         position  (epoch, sample) after this batch: a stream begun there goes on with the next.
     config: a stage's Config, of which batch_size, accumulate, seed and workers count. A batch
     without any usable sample is passed over. Raises UsageError if most are unusable.
@@ -322,9 +361,12 @@ class Stream:
 
     def state_dict(self):
         return {"position": divmod(self.taken, len(self.dataset)),
-                "step": self.given // self.config.accumulate}
+                "step": self.given // self.config.accumulate, "data": self.dataset.checksum}
 
     def load_state_dict(self, state):
+        if state.get("data", self.dataset.checksum) != self.dataset.checksum:
+            raise UsageError(f"{self.dataset.source}: holds other samples than when this run began"
+                             "; expected the same shards or files, or another --out")
         (epoch, sample), accumulate = state["position"], self.config.accumulate
         self.taken = epoch * len(self.dataset) + sample
         step = self.taken // (self.config.batch_size * self.world * accumulate)
@@ -389,8 +431,7 @@ def remember(dataset, encode, batch_size=64, workers=0, label="encode"):
     with tqdm(total=len(dataset), desc=label, unit="img") as bar, torch.no_grad():
         for indices, batch in batches_in_order(dataset, range(len(dataset)), batch_size, workers):
             failures.note(batch)
-            bad = (index for index in indices if index not in batch["indices"])
-            memory.failed.update(zip(bad, batch["failed"]))
+            memory.failed.update(batch["failed"])
             kept = [x.half().cpu() if x.is_floating_point() else x.cpu()
                     for x in (encode(batch) if batch["keys"] else ())]
             if not all(torch.isfinite(x).all() for x in kept):
@@ -406,7 +447,7 @@ class Memory(Dataset):
     """What remember() made of a dataset."""
 
     def __init__(self, dataset):
-        self.source, self.length = dataset.source, len(dataset)
+        self.source, self.length, self.checksum = dataset.source, len(dataset), dataset.checksum
         self.rows, self.failed = {}, {}  # index -> (key, caption, tensors); index -> (key, reason)
 
     def __len__(self):
@@ -419,4 +460,4 @@ class Memory(Dataset):
         return {"remembered": tuple(x.float() if x.is_floating_point() else x for x in columns),
                 "keys": [key for key, _, _ in good], "captions": [text for _, text, _ in good],
                 "indices": [index for index in indices if index in self.rows],
-                "failed": [self.failed[index] for index in indices if index in self.failed]}
+                "failed": {index: self.failed[index] for index in indices if index in self.failed}}

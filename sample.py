@@ -245,11 +245,11 @@ def main(argv=None):
     settings = options().parse_args(argv)
     try:
         " ".join([*settings.prompt, settings.negative]).encode()
-        lines = Path(settings.prompts).read_text("utf-8").splitlines() if settings.prompts else []
+        content = Path(settings.prompts).read_text("utf-8-sig") if settings.prompts else ""
     except (OSError, UnicodeError) as error:
         raise UsageError(f"{settings.prompts or 'the prompt'}: expected UTF-8 text, a prompt on "
                          f"each line ({error})") from None
-    prompts = settings.prompt + [line.strip() for line in lines if line.strip()]
+    prompts = settings.prompt + [line.strip() for line in content.split("\n") if line.strip()]
     if not prompts and not settings.reconstruct:
         raise UsageError('no prompt: give one, as `python sample.py "a red star"`')
     folder = check_out(settings.out)
@@ -258,6 +258,8 @@ def main(argv=None):
     paths = find(settings.weights, "ab" if settings.reconstruct else "abc", a=settings.stage_a,
                  b=settings.stage_b, c=settings.stage_c, compressor=settings.compressor)
     chain = load_chain(**paths, clip=settings.clip, device=device)
+    if chain.c:
+        chain.text_c.tokens([*prompts, settings.negative])    # which says what is cut, of them all
     how = {name: getattr(settings, name) for name in ("size", "steps_c", "guidance_c", "negative",
                                                       "steps_b", "guidance_b", "start")}
     jobs, images = [prompt for prompt in prompts for _ in range(settings.n)], []

@@ -18,7 +18,6 @@ Letters: B batch, H W height and width of the image given to Stage A, h w of the
 """
 
 import copy
-import json
 import os
 from dataclasses import dataclass, replace
 from functools import partial
@@ -179,8 +178,7 @@ def cached(source, compressor):
     path = os.path.join(source, "latents.json")
     if not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        found = json.load(file)
+    found = cli.read_json(path, {"compressor": str, "image_size": int})
     if found["compressor"] != checkpoint.checksum(compressor.state_dict()):
         raise cli.UsageError(f"{source}: holds latents of another compressor than the one given; "
                              "`python -m tools.cache_latents` writes new ones, into a new folder")

@@ -311,7 +311,7 @@ def changed(config, settings):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, **cli.STYLE)
+    parser = cli.Parser(__doc__)
     parser.add_argument("settings", nargs="*", help="name=value, fields of Config")
     parser.add_argument("--preset", default="paper", help="of the stages (paper)")
     parser.add_argument("--stages", default="abc", help="which (abc)")

@@ -2,7 +2,6 @@
 
     python -m experiments.predict --prompt "a red star above a blue circle" --n 2 --dtype bfloat16
 """
-import argparse
 import inspect
 import tempfile
 
@@ -37,7 +36,7 @@ class Predictor:
 
 
 def main(argv=None):
-    parser, demo = argparse.ArgumentParser(description=__doc__, **cli.STYLE), Predictor()
+    parser, demo = cli.Parser(__doc__), Predictor()
     for step in (demo.setup, demo.predict):
         for one in inspect.signature(step).parameters.values():
             parser.add_argument(f"--{one.name}", type=one.annotation, default=one.default,

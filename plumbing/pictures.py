@@ -40,15 +40,15 @@ def plain(text):
 
 
 def wrap(text, width, font):
-    """Break a caption into lines that fit under a picture `width` pixels wide."""
-    lines = [""]
+    """Break a caption, or its first 400 letters, into lines under a picture `width` pixels wide."""
+    text, lines = text if len(text) <= 400 else f"{text[:397]}...", [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         fits = not lines[-1] or font.getlength(longer) <= width
         lines = lines[:-1] + [longer] if fits else lines + [word]
         while len(lines[-1]) > 1 and font.getlength(lines[-1]) > width:    # one word is too long
-            end = next((n for n in range(len(lines[-1]) - 1, 1, -1)
-                        if font.getlength(lines[-1][:n]) <= width), 1)
+            end = next(n for n in range(1, len(lines[-1]))
+                       if font.getlength(lines[-1][:n + 1]) > width)
             lines[-1:] = [lines[-1][:end], lines[-1][end:]]
     return "\n".join(lines)
 

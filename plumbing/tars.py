@@ -1,152 +1,216 @@
 """Where the samples of a source lie: files and (offset, size) of each image, caption and json.
 
 The headers of a tar are read once and kept in .index/ beside it, or in the user's cache folder.
-What is damaged is reported as (reason, where), and all that is readable around it is found.
+What is damaged, foreign or lost is reported as (reason, where); all that is readable is found.
 """
 
 import collections
 import contextlib
+import csv
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import sys
 import tarfile
+import unicodedata
+from posixpath import basename, dirname, join, normpath, split, splitext
 
+from PIL import Image
 from tqdm import tqdm
 
 from plumbing.cli import UsageError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-FOLDER_SUFFIXES = IMAGE_SUFFIXES + ("bmp", "gif", "tif", "tiff")  # tools.pack makes them png
-INDEX_VERSION = 3  # ours: written into each cached index; another number is scanned again
+# The suffixes of what this Pillow decodes by itself: jpg, png, webp, avif, jp2, …
+PICTURES = {suffix[1:] for suffix, name in Image.registered_extensions().items() if name in
+            {*Image.OPEN, "MPO"} - {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}}
+CAPTIONS = {"txt": 1, "caption": 1, "json": 2}  # the part in which each is; 0 is the image
+NOWHERE = (-1, -1, 0)  # a part that a sample does not have
+INDEX_VERSION = 4  # ours: of a cached index; one of another version is made anew
+ENDS = 1 << 16  # ours: so many bytes at both ends of a shard tell it from another
 OPEN_FILES = 32  # ours: handles kept open per process, for sources of many shards
 PER_SHARD = 10_000  # ours: at most so many samples, which four digits of a key can count
 
 
-def find_samples(source, suffixes=IMAGE_SUFFIXES):
-    """-> files, rows, problems, whether the files are tars.
+def find_samples(source, suffixes=PICTURES):
+    """-> files, rows, problems, stamps.
 
-    source: as data.py says. rows: [(key, image, txt, json)] of the usable samples; a part is
-    (number of its file, offset, size), (-1, -1, 0) where there is none. problems: [(reason, where)]
-    of all that is left out. Raises UsageError if that is most of it.
+    source: as data.py says. files: paths, or the JSON of one entry of a listing. rows: [(key,
+    image, txt, json)] of the usable samples; a part is (number of its file, offset, size). stamps:
+    of the tars, none for a folder of images. problems: [(reason, where)] of all that is left out.
+    Raises UsageError if that is most of it.
     """
-    tars, problems = list_tars(source)
-    files, rows = ([], []) if tars is not None else list_pictures(source, problems)
-    for path in tqdm(tars or [], desc="index of the shards", unit="shard", delay=1, leave=False):
-        samples, found = index_tar(path, suffixes)
-        problems += found if samples or found else [("no samples", path)]
+    files, rows, stamps, problems = [], [], [], []
+    found = walk(source, problems) if os.path.isdir(source) else {}
+    tars = {name: path for name, path in found.items()
+            if "/" not in name and name.lower().endswith(".tar")}
+    if tars:
+        others = set(found) - set(tars) - {"latents.json", "shapes.json"}
+        problems += [("beside the shards", found[name]) for name in sorted(others)]
+    elif os.path.isdir(source):
+        files, rows = list_pictures(found, suffixes, problems)
+    tars = list(tars.values()) if os.path.isdir(source) else expand(source)
+    for path in tqdm(tars, desc="index of the shards", unit="shard", delay=1, leave=False):
+        samples, wrong, stamp = index_tar(path, suffixes)
+        problems += wrong if samples or wrong else [("no samples", path)]
+        rows += [(key, *((len(files), *part[1:]) if part[0] == 0 else part for part in parts))
+                 for key, *parts in samples]
         if samples:
-            rows += [(key, *((len(files), *part) if part[0] >= 0 else (-1, -1, 0)
-                             for part in parts)) for key, *parts in samples]
             files.append(path)
-    reasons = ["no image" if image[0] < 0 else "no caption" if txt[0] < 0 else
-               "empty image" if image[2] == 0 else None for _, image, txt, _ in rows]
+            stamps.append(stamp)
+    # A caption may stand in the json alone. data.py sees it when it reads that.
+    rows = [(key, image, facts if txt[0] < 0 else txt, facts) for key, image, txt, facts in rows]
+    reasons = ["name is not UTF-8" if shown(key) != key else "no image" if image[0] < 0 else
+               "no caption" if txt[0] < 0 else "empty image" if image[2] == 0 else None
+               for key, image, txt, _ in rows]
     problems += [(reason, key) for reason, (key, *_) in zip(reasons, rows) if reason]
-    rows, first = [row for row, reason in zip(rows, reasons) if not reason], reasons[:1000]
-    bad = len(first) - first.count(None)
-    if not rows or 2 * bad > len(first):
-        raise unusable(source, "no sample is usable" if not rows else
-                       f"{bad:,} of the first {len(first):,} samples are unusable", problems)
-    return files, rows, problems, tars is not None
+    problems = [(reason, shown(where)) for reason, where in problems]
+    usable = [row for row, reason in zip(rows, reasons) if not reason]
+    if 2 * len(usable) < len(rows) or not usable:
+        raise unusable(source, f"{len(rows) - len(usable):,} of {len(rows):,} samples are unusable"
+                       if usable else "no sample is usable", problems)
+    return files, usable, problems, stamps
+
+
+def shown(name):
+    """A file's name that can be printed: bytes that are no UTF-8 become \\udc80 to \\udcff."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def unusable(source, what, problems):
     """A UsageError that says what was found in a source and what is expected."""
-    counts = collections.Counter(reason for reason, _ in problems)
-    found = ", ".join(f"{n} x {reason}" for reason, n in counts.items()) or "nothing"
-    example = f" (such as {problems[0][1]})" if problems else ""
+    counts, such = collections.Counter(reason for reason, _ in problems), dict(problems[::-1])
+    found = ", ".join(f"{n} x {reason} (such as {such[reason]})"
+                      for reason, n in counts.most_common(8)) or "nothing"
     return UsageError(
-        f"{source}: {what}; found {found}{example}; expected a folder of "
-        "tars, a quoted pattern such as \"shards/{00000..00099}.tar\" (in them "
-        "KEY.jpg|jpeg|png|webp and KEY.txt), a folder of images each with NAME.txt, or one with "
-        "metadata.jsonl (file_name, text).")
+        f"{source}: {what}; found {found}; expected a folder of tars, a quoted pattern such as "
+        "\"shards/{00000..00099}.tar\" (in them KEY.jpg and KEY.txt), a folder of images each with "
+        "NAME.txt, or one with metadata.jsonl or metadata.csv (file_name, text).")
 
 
 class Reader:
-    """Reads parts (number of the file, offset, size) of `files`, a few of which stay open."""
+    """Reads parts (number of the file, offset, size) of `files`, a few of which stay open. A tar
+    that has another stamp than in `stamps`, or another file that has another size, is not read.
+    """
 
-    def __init__(self, files):
-        self.files, self.handles = files, {}
+    def __init__(self, files, stamps):
+        self.files, self.stamps, self.handles, self.seen = files, stamps, {}, {}
 
     def __getstate__(self):
-        return {"files": self.files, "handles": {}}  # open files do not travel to workers
+        return {**vars(self), "handles": {}}  # open files do not travel to workers
 
     def read(self, number, offset, size):
         """The bytes of a part, None where there is none. Raises OSError."""
-        if number < 0:
-            return None
+        if number < 0 or isinstance(self.files[number], bytes):
+            return self.files[number] if number >= 0 else None
         if number not in self.handles:
             while len(self.handles) >= OPEN_FILES:
                 self.handles.pop(next(iter(self.handles))).close()
             self.handles[number] = open(self.files[number], "rb")
+        now = os.fstat(self.handles[number].fileno())
+        state = (now.st_ino, now.st_size, now.st_ctime_ns)  # no program can set its ctime back
+        same = self.seen.get(number) == state or (
+            stamp_of(self.handles[number]) == self.stamps[number] if self.stamps else
+            now.st_size == size)
         found = os.pread(self.handles[number].fileno(), size, offset)  # moves no shared position
-        if len(found) != size:
-            raise OSError(f"file ended early: {self.files[number]}")
+        if not same or len(found) != size:
+            raise OSError(f"the file has changed since it was listed: {self.files[number]}")
+        self.seen[number] = state
         return found
 
 
-def list_tars(source):
-    """-> the paths of the tars that a source means, None if it is a folder without; problems."""
-    if os.path.isdir(source):
-        here, deeper = (sorted(glob.glob(os.path.join(glob.escape(source), pattern)))
-                        for pattern in ("*.tar", "*/*.tar"))
-        return here or None, [("tar in a sub-folder", path) for path in deeper if here]
+def walk(folder, problems):
+    """-> {name below the folder, with slashes and composed letters: path} of its files, in order.
+    Hidden files and folders are none of it. What a link brings in from outside is refused, but for
+    tars, whose headers say what they are.
+    """
+    found, inside = {}, os.path.join(os.path.realpath(folder), "")
+    for where, folders, names in os.walk(folder, onerror=lambda error: problems.append(
+            ("unreadable folder", error.filename))):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (os.path.join(where, name) for name in sorted(names) + folders):
+            name = os.path.relpath(path, folder).replace(os.sep, "/")
+            away = os.path.islink(path) and not os.path.realpath(path).startswith(inside)
+            if basename(name).startswith(".") or (os.path.isdir(path) and not away):
+                pass
+            elif away and not (name.lower().endswith(".tar") and os.path.isfile(path)):
+                problems.append(("link to what is outside", path))
+            elif not os.path.isfile(path):
+                problems.append(("not a file", path))
+            else:
+                found[unicodedata.normalize("NFC", name)] = path
+    return found
+
+
+def expand(source):
+    """-> the paths of the tars that a source which is no folder means."""
     if os.path.exists(source):
-        return [source], []
-    tars = expand_braces(source)
+        return [source]
+    tars = list(itertools.islice(braces(source), 10 ** 6))
+    if len(tars) == 10 ** 6:
+        raise UsageError(f"{source}: found a million shards, expected fewer")
     if any(mark in source for mark in "*?["):
         tars = sorted(path for pattern in tars for path in glob.glob(pattern))
-    return tars, []
+    return tars
 
 
-def expand_braces(pattern):
-    """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar']; '{a,b}' works too."""
+def braces(pattern):
+    """'a{08..10}.tar' -> 'a08.tar', 'a09.tar', 'a10.tar'; '{a,b}' works too."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if span:
-        first, last = span.groups()
-        parts = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    else:
-        parts = match[1].split(",")
-    return [done for part in parts
-            for done in expand_braces(pattern[:match.start()] + part + pattern[match.end():])]
+    for part in (f"{n:0{len(span[1])}d}" for n in range(int(span[1]), int(span[2]) + 1)
+                 ) if span else match[1].split(","):
+        yield from braces(pattern[:match.start()] + part + pattern[match.end():])
 
 
-def index_tar(path, suffixes=IMAGE_SUFFIXES):
-    """-> (samples, problems) of one tar, from the cached index where that is up to date."""
-    if not os.path.isfile(path):
-        return [], [("missing shard", path)]
-    state, full = os.stat(path), os.path.abspath(path)
-    stamp = [INDEX_VERSION, state.st_size, state.st_mtime_ns, *suffixes]
+def index_tar(path, suffixes):
+    """-> samples, problems, stamp of one tar, from the cached index where that is up to date."""
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        return [], [("unreadable shard" if os.path.exists(path) else "missing shard", path)], None
+    with open(path, "rb") as handle:
+        stamp = stamp_of(handle)
+    full, about = os.path.abspath(path), repr((INDEX_VERSION, stamp, sorted(suffixes)))
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    digest = hashlib.sha256(full.encode()).hexdigest()[:24]
-    places = (f"{os.path.dirname(full)}/.index/{os.path.basename(full)}.json",
-              f"{home}/captioned_shards/{digest}.json")
+    places = (f"{dirname(full)}/.index/{basename(full)}.json",
+              f"{home}/captioned_shards/{sha256(full)[:24]}.json")
     for place in places:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, not ours
+        with contextlib.suppress(OSError, ValueError):  # not there, not ours
             with open(place, encoding="utf-8") as file:
-                cached = json.load(file)
-            if cached["stamp"] == stamp:
-                return cached["samples"], [tuple(problem) for problem in cached["problems"]]
+                signed, body = file.read().split("\n", 1)
+            if signed == sha256(about + body):  # it is whole, and of this very tar
+                return *json.loads(body), stamp
     members, problems = scan_tar(path)
-    samples = group_members(path, members, suffixes, problems)
+    samples = group_members(members, suffixes, problems, f"{path}: ")
+    body = json.dumps([samples, problems])
     for place in places:
         with contextlib.suppress(OSError):  # read-only: the next place, or no cache at all
-            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.makedirs(dirname(place), exist_ok=True)
             with open(f"{place}.{os.getpid()}", "w", encoding="utf-8") as file:
-                json.dump({"stamp": stamp, "samples": samples, "problems": problems}, file)
+                file.write(f"{sha256(about + body)}\n{body}")
             os.replace(file.name, place)
             break
-    return samples, problems
+    return samples, problems, stamp
+
+
+def sha256(text):
+    return hashlib.sha256(os.fsencode(text)).hexdigest()
+
+
+def stamp_of(handle):
+    """[size, mtime in ns, sha256 of both ends] of an open file: what tells a tar from another."""
+    state = os.fstat(handle.fileno())
+    ends = [os.pread(handle.fileno(), ENDS, at) for at in (0, max(0, state.st_size - ENDS))]
+    return [state.st_size, state.st_mtime_ns, hashlib.sha256(b"".join(ends)).hexdigest()]
 
 
 def scan_tar(path):
-    """Read the headers of one tar -> its files [(name, offset, size)], problems [(reason, where)].
+    """Read the headers of one tar -> its files [(name, part)], problems [(reason, where)].
 
     By default Python's tarfile ends in silence at a damaged header; ignore_zeros=True makes it
     search on, 512 bytes at a time. Bytes that belong to no member and are not zero are reported.
@@ -158,10 +222,10 @@ def scan_tar(path):
             archive = None
             try:
                 archive = tarfile.TarFile(fileobj=handle, ignore_zeros=True, encoding="utf-8",
-                                          errors="replace")
+                                          errors="surrogateescape")
                 found.extend(archive)
                 break
-            except (tarfile.TarError, ValueError, OverflowError):
+            except (tarfile.TarError, ValueError, OverflowError, RecursionError):
                 # An extended header that is damaged stops tarfile all the same: go on after it.
                 start = max(start, archive.offset if archive is not None else start) + 512
         if not found:
@@ -176,7 +240,7 @@ def scan_tar(path):
             if stop > size:
                 problems.append(("cut off", f"{path}: {member.name} goes on after the end"))
             elif member.isreg():
-                members.append((member.name, member.offset_data, member.size))
+                members.append((member.name, (0, member.offset_data, member.size)))
             elif not member.isdir():
                 problems.append(("link or device", f"{path}: {member.name}"))
         report_gap(handle, end, size, path, problems)
@@ -198,29 +262,45 @@ def report_gap(handle, start, end, path, problems):
         problems.append(("damaged header", f"{path}: bytes {start:,} to {end:,} are unreadable"))
 
 
-def group_members(path, members, suffixes, problems):
-    """Members of a tar, in any order -> [key, image, txt, json]; a part is (offset, size), (-1, 0)
-    where there is none.
+def group_members(members, suffixes, problems, where=""):
+    """Members [(name, part)] of a tar or a folder -> samples [(key, image, txt, json)].
+
+    A key goes up to the first dot, as webdataset has it: x.jpg, x.en.txt and x.json are a sample.
+    Where several pictures, or a picture and the caption of another one, share that, it goes up to
+    the last: IMG.2024.01.jpg and IMG.2024.01.txt.
     """
-    samples = {}
-    for name, offset, size in members:
-        folder, _, base = name.removeprefix("./").rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not stem or (base.startswith("__") and base.endswith("__")):
-            continue  # "._a.jpg" that macOS adds, ".DS_Store", webdataset's own "__x__"
-        suffix = extension.lower().rpartition(".")[2]
-        kind = 0 if suffix in suffixes else {"txt": 1, "json": 2}.get(suffix)
-        if kind is None or not dot:
-            problems.append(("other member", f"{path}: {name}"))
-            continue
-        sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
-        exact = suffix == extension.lower()  # a.jpg comes before a.mask.jpg
-        if kind in sample:
-            problems.append(("duplicate member", f"{path}: {name}"))
-        if kind not in sample or (exact and not sample[kind][2]):
-            sample[kind] = (offset, size, exact)
-    return [[key, *(parts.get(kind, (-1, 0))[:2] for kind in range(3))]
-            for key, parts in samples.items()]
+    groups, samples, kinds = {}, [], {**dict.fromkeys(suffixes, 0), **CAPTIONS}
+    for name, part in members:
+        folder, base = split(unicodedata.normalize("NFC", name.removeprefix("./")))
+        stem, dot, suffix = base.rpartition(".")
+        kind = kinds.get(suffix.lower()) if dot else None
+        if base.startswith(".") or (base.startswith("__") and base.endswith("__")):
+            pass  # "._a.jpg" that macOS adds, ".DS_Store", webdataset's own "__x__"
+        elif kind is None:
+            problems.append((f"{dot}{suffix} is not read", where + name))
+        else:
+            groups.setdefault(join(folder, base.partition(".")[0]), []).append(
+                (join(folder, stem), suffix.lower() == "caption", kind, part, name))
+    for first, group in groups.items():
+        pictures = {stem for stem, _, kind, *_ in group if kind == 0}
+        whole = len(pictures) == 1 and {stem for stem, *_ in group} <= {first, *pictures}
+        whole, found = whole or pictures == {first}, {}
+        for stem, _, kind, part, name in sorted(group, key=lambda one: (one[0] != first, one[1])):
+            parts = found.setdefault(first if whole else stem, [NOWHERE] * 3)
+            if parts[kind] == NOWHERE:
+                parts[kind] = part
+            elif kind or stem != first and whole:
+                problems.append(("duplicate member", where + name))
+            else:
+                samples.append((name, part, NOWHERE, NOWHERE))  # counts as one without caption
+        for key, parts in found.items():
+            if first in pictures and key != first and parts[1:] == [NOWHERE] * 2:
+                problems.append(("part of another sample", where + key))
+            elif parts[0] == NOWHERE:
+                problems.append(("no image", where + key))
+            else:
+                samples.append((key, *parts))
+    return samples
 
 
 def write_tar(path, samples):
@@ -240,77 +320,76 @@ def sample(key, suffix, image_bytes, size, caption, extra):
     facts = {**extra, "caption": caption, "key": key, "width": width, "height": height,
              "original_width": width, "original_height": height}
     return key, {suffix: image_bytes, "txt": caption.encode(),
-                 "json": json.dumps(facts, ensure_ascii=False).encode()}
+                 "json": json.dumps(facts, ensure_ascii=False).encode(errors="replace")}
 
 
-def list_pictures(folder, problems):
-    """A folder of images -> (files, samples); the parts of a sample are whole files."""
-    files, rows = {}, []  # path -> its number
+def list_pictures(found, suffixes, problems):
+    """The {name: path} of a folder -> files, rows; a part is a whole file."""
+    files, rows, listed = {}, [], set()  # path or JSON -> its number
 
-    def part(path):
-        if not os.path.isfile(path):
-            return (-1, -1, 0)
-        return (files.setdefault(path, len(files)), 0, os.path.getsize(path))
+    def part(file):
+        size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
+        return (files.setdefault(file, len(files)), 0, size)
 
-    pictures = []
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures += [os.path.join(where, name) for name in sorted(names)
-                     if not name.startswith(".")
-                     and os.path.splitext(name)[1][1:].lower() in FOLDER_SUFFIXES]
-    listing = os.path.join(folder, "metadata.jsonl")
-    if not os.path.isfile(listing):
-        for path in pictures:
-            base = os.path.splitext(path)[0]
-            rows.append((os.path.relpath(base, folder).replace(os.sep, "/"), part(path),
-                         part(f"{base}.txt"), part(f"{base}.json")))
-        return list(files), rows
-    place, end = part(listing)[0], 0
-    with open(listing, "rb") as file:
-        for number, line in enumerate(file, 1):
-            span, end = (place, end, len(line)), end + len(line)
-            if not line.strip():
+    for listing in [name for name in found if basename(name) in ("metadata.jsonl", "metadata.csv")]:
+        for name, entry in entries(found.pop(listing), problems):
+            name = normpath(join(dirname(listing), name))
+            if name.startswith(("../", "/")):
+                problems.append(("outside the folder", f"{listing}: {name}"))
                 continue
+            # The entry is the sample's json, and its "text" the caption.
+            image = part(found[name]) if name in found else NOWHERE
+            rows.append((splitext(name)[0], image, part(entry), part(entry)))
+            listed.add(name)
+    members = [(name, part(path)) for name, path in found.items() if name not in listed]
+    return list(files), rows + group_members(members, suffixes, problems)
+
+
+def entries(path, problems):
+    """Yield (file_name, the whole entry as JSON) of a metadata.jsonl or metadata.csv."""
+    table = path.endswith("csv")
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = csv.DictReader(file) if table else file
+        for number in itertools.count(1 + table):
             try:
-                name = json.loads(line)["file_name"]
-                image = part(os.path.join(folder, name))
-            except (ValueError, KeyError, TypeError) as error:
-                problems.append(("unreadable line of metadata.jsonl",
-                                 f"{listing}, line {number}: {error!r}"))
-                continue
-            # The line itself is the sample's json, and its "text" the caption.
-            rows.append((os.path.splitext(name)[0], image, span, span))
-    listed = set(map(os.path.normpath, files))
-    problems += [("not in metadata.jsonl", path) for path in map(os.path.normpath, pictures)
-                 if path not in listed]
-    return list(files), rows
+                line = next(lines, "")
+                if not line:
+                    return
+                if table or line.strip():
+                    entry = line if table else json.loads(line)
+                    yield (unicodedata.normalize("NFC", entry["file_name"]),
+                           json.dumps(entry).encode())
+            except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
+                problems.append((f"unreadable line of {basename(path)}",
+                                 f"{path}, line {number}: {error!r}"))
 
 
 class FailureCounter:
-    """Counts unreadable samples by reason and names each once. Stops a run in which more than half
-    of the first 1000 fail, or 1000 in a row.
+    """Counts unreadable samples by reason and names each once. Stops a run if more than half of the
+    first 1000 samples are unreadable, or 1000 in a row.
     """
 
     def __init__(self, dataset):
         self.source, self.trial = dataset.source, min(1000, len(dataset))
-        self.seen, self.in_a_row, self.named = 0, 0, set()
-        self.counts = collections.Counter()
+        self.seen, self.in_a_row, self.reasons = 0, 0, {}  # index -> why
 
     def note(self, batch):
         """Count a batch, of which `keys` and `failed` are read. Raises UsageError."""
         on_trial = self.seen < self.trial
         self.seen += len(batch["keys"]) + len(batch["failed"])
         self.in_a_row = 0 if batch["keys"] else self.in_a_row + len(batch["failed"])
-        for key, failed in batch["failed"]:
-            self.counts[failed.partition(":")[0]] += 1
-            if key not in self.named:
-                self.named.add(key)
-                if len(self.named) <= 20 or len(self.named) % 1000 == 0:  # ours: no flood
-                    tqdm.write(f"{self.source}: left out {key}: {failed} "
-                               f"({len(self.named)} so far)", file=sys.stderr)
-        bad = sum(self.counts.values())
-        if (on_trial and bad > self.trial / 2) or self.in_a_row >= 1000:
-            reasons = ", ".join(f"{n} x {reason}" for reason, n in self.counts.most_common())
-            raise UsageError(f"{self.source}: {bad} of {self.seen} samples cannot be used "
-                             f"({reasons}), such as {batch['failed'][-1][0]}; expected at most "
-                             "half (python -m tools.look shows what is there).")
+        for index, (key, failed) in batch["failed"].items():
+            if index not in self.reasons:
+                self.reasons[index], bad = failed.partition(":")[0], len(self.reasons) + 1
+                if bad <= 20 or bad % 1000 == 0:  # ours: no flood
+                    tqdm.write(f"{self.source}: left out {key}: {failed} ({bad} so far)",
+                               file=sys.stderr)
+        if (on_trial and len(self.reasons) > self.trial / 2) or self.in_a_row >= 1000:
+            raise UsageError(f"{self.source}: {len(self.reasons)} of {min(self.seen, self.trial)} "
+                             f"samples cannot be used ({self.counts()}), such as {key}; expected "
+                             "at most half (python -m tools.look shows what is there).")
+
+    def counts(self):
+        """"2 x cannot be decoded, 1 x empty caption": how many samples were lost, and why."""
+        return ", ".join(f"{n} x {reason}" for reason, n in
+                         collections.Counter(self.reasons.values()).most_common())

@@ -19,6 +19,7 @@ import numpy as np
 import regex
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from plumbing.checkpoint import UNREADABLE, checksum, copied, read_tensors
 from plumbing.cli import ROOT, UsageError
@@ -66,6 +67,16 @@ def ids_of(caption):
     return ids
 
 
+def first_ids(caption, room):
+    """-> the first `room` ids of a caption; "at word 9, 'blue'" if it is cut there, else ""."""
+    ids = []
+    for number, word in enumerate(regex.finditer(r"\S+", caption), 1):
+        ids += ids_of(word[0][:33 * room])                    # no token has 33 letters
+        if len(ids) > room:
+            return ids[:room], f"at word {number}, {word[0][:40]!r}"
+    return ids, ""
+
+
 class TextEncoder(nn.Module):
     """Frozen: encoder(["a red star", ""]) -> float32 (B, L, D), after the final layer norm.
 
@@ -78,6 +89,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.name, self.tower, self.pad = name, tower, pad
         self.width, self.length = tower.width, tower.context_length
+        self.told = False                                     # which captions are cut
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -94,8 +106,17 @@ class TextEncoder(nn.Module):
         return {"name": self.name, "checksum": self.checksum}
 
     def tokens(self, captions):
-        """[str] -> ids (B, L) int64; real (B, L) bool, False where there is padding."""
-        rows = [[START_OF_TEXT, *ids_of(one)[:self.length - 2], END_OF_TEXT] for one in captions]
+        """[str] -> ids (B, L) int64; real (B, L) bool, False where there is padding. Says once how
+        many are longer, and at which word they are cut: training reads them on and on.
+        """
+        found = [first_ids(one, self.length - 2) for one in captions]
+        cut = [f"{one[:40]!r} {where}" for one, (_, where) in zip(captions, found) if where]
+        if cut and not self.told:
+            tqdm.write(f"{len(cut)} of {len(captions)} texts are longer than the {self.length} "
+                       f"tokens of the text encoder {self.name} and are cut: "
+                       + "; ".join(cut[:20] + ["…"] * (len(cut) > 20)), file=sys.stderr)
+        self.told = self.told or bool(cut)
+        rows = [[START_OF_TEXT, *ids, END_OF_TEXT] for ids, _ in found]
         ids = torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
         ends = torch.tensor([len(row) for row in rows])
         return ids, torch.arange(self.length) < ends[:, None]

@@ -30,6 +30,7 @@ import glob
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 
@@ -38,7 +39,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from plumbing import cli, tars
-from plumbing.cli import UsageError
+from plumbing.cli import UsageError, read_json
 
 # ---- The grammar ---------------------------------------------------------------------------------
 
@@ -326,8 +327,7 @@ def make_shapes(out, count=20_000, split="train", size=128, seed=0, workers=2, p
                 "per_shard": per_shard, "grammar": VERSION}
     note, found = os.path.join(out, "shapes.json"), None
     if os.path.isfile(note):
-        with open(note, encoding="utf-8") as file:
-            found = json.load(file)
+        found = read_json(note, {})
     if found != settings and (found or glob.glob(os.path.join(glob.escape(out), "*.tar"))):
         raise UsageError(f"{out}: holds other data ({found or 'tars without a shapes.json'}), "
                          f"expected an empty folder or the drawings of {settings}.")
@@ -341,17 +341,59 @@ def make_shapes(out, count=20_000, split="train", size=128, seed=0, workers=2, p
             indices = range(first, min(first + per_shard, count))
             jobs.append((path, number, indices, split, seed, size))
     missing = sum(len(job[2]) for job in jobs)
-    quiet = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
     with tqdm(total=count, initial=count - missing, desc=f"{split} drawings", unit="img") as bar:
-        if min(workers, len(jobs)) > 1:
-            with multiprocessing.Pool(min(workers, len(jobs)), signal.signal, quiet) as pool:
-                for drawn in pool.imap_unordered(_draw_shard, jobs):
-                    bar.update(drawn)
-        else:
-            for job in jobs:
-                bar.update(_draw_shard(job))
+        for drawn in _in_processes(_draw_shard, jobs, min(workers, len(jobs))):
+            bar.update(drawn)
     print(f"{out}: {count:,} drawings of {size} px, split {split}, "
           f"in {-(-count // per_shard)} shards; see them with: python -m tools.look {out}")
+
+
+def _in_processes(function, jobs, workers):
+    """Yield function(job) of each job, in the order in which they end. Ctrl-C and SIGTERM raise
+    KeyboardInterrupt here and end the workers, which say nothing.
+    """
+    if workers < 2:
+        yield from map(function, jobs)
+        return
+    started, readers = [], []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for number in range(workers):
+            reader, writer = multiprocessing.Pipe(duplex=False)
+            started.append(multiprocessing.Process(
+                target=_work, args=(function, jobs[number::workers], writer), daemon=True))
+            started[-1].start()
+            writer.close()
+            readers.append(reader)
+        while readers:
+            for reader in multiprocessing.connection.wait(readers):
+                try:
+                    done = reader.recv()
+                except EOFError:                                  # this worker has ended
+                    readers.remove(reader)
+                    continue
+                if isinstance(done, Exception):
+                    raise done
+                yield done
+    finally:
+        for worker in started:
+            if readers:                                           # stopped before the end
+                worker.kill()
+            worker.join()
+        signal.signal(signal.SIGTERM, before)
+    if any(worker.exitcode for worker in started):
+        raise UsageError("a worker was killed, as where memory is short; the same command goes on")
+
+
+def _work(function, jobs, writer):
+    for one in (signal.SIGINT, signal.SIGTERM):                   # for the parent alone
+        signal.signal(one, signal.SIG_IGN)
+    for job in jobs:
+        try:
+            writer.send(function(job))
+        except Exception as error:
+            writer.send(error)
+            return
 
 
 def _draw_shard(job):

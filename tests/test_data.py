@@ -303,7 +303,7 @@ def test_failed_image_leaves_its_batch_smaller(tmp_path, capfd):
     sizes = [len(batch["keys"]) for batch in batches]
     assert [sum(sizes[i:i + 2]) for i in (0, 2, 4)] == [7, 7, 7]
     assert all(batch["images"].shape[0] == len(batch["captions"]) for batch in batches)
-    failed = sum((batch["failed"] for batch in batches), [])
+    failed = [one for batch in batches for one in batch["failed"].values()]
     assert [key for key, _ in failed] == ["000000003"] * 3 and "decoded" in failed[0][1]
     assert capfd.readouterr().err.count("000000003") == 1
     config = types.SimpleNamespace(batch_size=4, accumulate=1, seed=0)

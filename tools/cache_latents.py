@@ -38,17 +38,17 @@ def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_s
     dataset = data.CaptionedImages(source, resize=image_size, crop=image_size, center=True)
     settings = {"compressor": checkpoint.checksum(compressor.state_dict()),
                 "image_size": image_size, "source": os.path.abspath(source),
-                "samples": len(dataset), "per_shard": per_shard}
+                "samples": len(dataset), "per_shard": per_shard, "data": dataset.checksum}
     os.makedirs(out, exist_ok=True)
     note = os.path.join(out, "latents.json")
     if os.path.isfile(note):
-        with open(note, encoding="utf-8") as file:
-            found = json.load(file)
-        differ = [name for name in settings if settings[name] != found.get(name)]
+        found = cli.read_json(note, {name: type(value) for name, value in settings.items()
+                                     if name != "data"})  # older ones do not have it
+        differ = [name for name in settings if settings[name] != found.get(name, settings[name])]
         if differ:
             raise cli.UsageError(f"{out}: holds latents made with another {' and '.join(differ)}; "
                                  "give a new folder")
-    elif os.listdir(out):
+    elif set(os.listdir(out)) - {"latents.json.tmp"}:  # left over where a kill came between
         raise cli.UsageError(f"{out}: holds other files; expected a new folder")
     with open(f"{note}.tmp", "w", encoding="utf-8") as file:
         json.dump(settings, file)
@@ -78,7 +78,7 @@ def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_s
                         "json": json.dumps({**meta, "source": dataset.key(index)}).encode()}))
             if samples:
                 tars.write_tar(path, samples)
-    print(f"{out}: latents of {len(dataset) - sum(failures.counts.values()):,} images at "
+    print(f"{out}: latents of {len(dataset) - len(failures.reasons):,} images at "
           f"{image_size} px; train on them with: python stage_c.py --data {out} …")
 
 

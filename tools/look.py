@@ -15,10 +15,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from plumbing import cli, pictures
+from plumbing import cli, pictures, text
 from plumbing.cli import UsageError
 
 CELL = 160  # ours: side of a thumbnail, in pixels
+LENGTHS = {size["context_length"]: name.partition("-")[0]
+           for name, size in text.TEXT_ENCODERS.items()}
 
 
 def look(source, out="look.png", shown=24, check=1000):
@@ -29,7 +31,8 @@ def look(source, out="look.png", shown=24, check=1000):
     dataset = data.CaptionedImages(source, report=False)
     print(dataset.describe())
     spread = np.linspace(0, len(dataset) - 1, min(check, len(dataset))).round().astype(int)
-    good, bad, sizes, words = [], collections.Counter(), collections.Counter(), []
+    good, bad, sizes, captions = [], collections.Counter(), collections.Counter(), []
+    lists = 0
     for index in tqdm(spread, desc="decode", unit="img", delay=1, leave=False):
         sample = dataset[int(index)]
         if "failed" in sample:
@@ -39,7 +42,9 @@ def look(source, out="look.png", shown=24, check=1000):
                 print(f"  unreadable: {sample['key']}: {reason}")
             continue
         sizes[tuple(sample["image"].shape[:0:-1])] += 1
-        words.append(len(sample["caption"].split()))
+        captions.append(sample["caption"])
+        found = data.caption_of(sample["meta"])
+        lists += isinstance(found, list) and sample["caption"] == " ".join(str(found[0]).split())
         good.append(int(index))
     part = "all" if len(spread) == len(dataset) else f"{len(spread):,} of {len(dataset):,}"
     print(f"  decoded {part}: {len(good):,} readable"
@@ -49,21 +54,28 @@ def look(source, out="look.png", shown=24, check=1000):
     print("  sizes (width x height): "
           + ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(5))
           + (f" and {len(sizes) - 5:,} others" if len(sizes) > 5 else ""))
+    words = [len(caption.split()) for caption in captions]
     print(f"  captions: {min(words)} to {max(words)} words, on average {np.mean(words):.1f}")
+    for length, name in LENGTHS.items():
+        cut = sum(bool(text.first_ids(caption, length - 2)[1]) for caption in captions)
+        print(f"  longer than the {length} tokens of {name}, and cut there: {cut:,}")
+    damaged = sum("\N{REPLACEMENT CHARACTER}" in caption for caption in captions)
+    print(f"  with letters that were lost before (U+FFFD): {damaged:,}\n" * bool(damaged)
+          + f"  lists of captions, of which the first is read: {lists:,}\n" * bool(lists), end="")
     known, twice = set(), 0
     for index in tqdm(range(len(dataset)), desc="json", unit="img", delay=1, leave=False):
         try:
             meta = dataset.meta(index)
         except data.BadSample:
             continue
-        name = meta.get("sha256") or meta.get("hash")
+        name = str(meta.get("sha256") or meta.get("hash"))
         twice += name in known
-        known |= {name} - {None}
+        known |= {name} - {"None"}
     if known:
         print(f"  by sha256 or hash: {len(known):,} different images, {twice:,} are there again")
     chosen = [good[i] for i in np.linspace(0, len(good) - 1, min(shown, len(good))).astype(int)]
     for index in chosen[:5]:
-        print(f"    {dataset.key(index)}: {dataset.caption(index)}")
+        print(f"    {dataset.key(index)}: {dataset.caption(index)[:1000]}")
     contact_sheet(dataset, chosen).save(out)
     print(f"  contact sheet: {out}")
 
@@ -76,7 +88,7 @@ def contact_sheet(dataset, indices):
 
 def short(caption):
     """The first 150 letters of a caption, without accents, which Pillow's own font lacks."""
-    letters = unicodedata.normalize("NFD", caption)
+    letters = unicodedata.normalize("NFD", caption[:1000])
     first, *rest = textwrap.wrap("".join(c for c in letters if not unicodedata.combining(c)),
                                  150) or [""]
     return f"{first} …" if rest else first

@@ -2,7 +2,9 @@
 
     python -m tools.pack FOLDER --out shards/mine [--per-shard 1000]
 
-FOLDER holds images, each with its caption in NAME.txt, or all captions in metadata.jsonl.
+FOLDER holds images, each with its caption in NAME.txt (or .caption, or as "text" or "caption" in
+NAME.json), or all captions in metadata.jsonl or metadata.csv. Of a list of captions the first is
+taken. What is left out is counted and named.
 """
 
 import glob
@@ -45,9 +47,9 @@ def pack(folder, out, per_shard=1000):
             image = data.decode(content)  # all of it, so that no broken file gets into a shard
             caption, extra = dataset.caption(index), dataset.meta(index)
         except data.BadSample as error:
-            failures.note({"keys": [], "failed": [(dataset.key(index), str(error))]})
+            failures.note({"keys": [], "failed": {index: (dataset.key(index), str(error))}})
             continue
-        failures.note({"keys": [dataset.key(index)], "failed": []})
+        failures.note({"keys": [dataset.key(index)], "failed": {}})
         suffix = COPIED.get(Image.open(io.BytesIO(content)).format)
         if suffix is None:
             png = io.BytesIO()
@@ -66,14 +68,14 @@ def pack(folder, out, per_shard=1000):
         os.rmdir(out)
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     os.rename(part, out)
-    left = "".join(f"; left out {n} x {reason}" for reason, n in failures.counts.items())
+    left = f"; left out {failures.counts()}" * bool(failures.reasons)
     print(f"{out}: {written:,} samples in {-(-written // per_shard)} shard(s){left}; "
           f"see them with: python -m tools.look {out}")
 
 
 def main(argv=None):
     parser = cli.Parser(__doc__, prog="python -m tools.pack")
-    parser.add_argument("folder", help="images with NAME.txt, or with metadata.jsonl")
+    parser.add_argument("folder", help="images with NAME.txt, or with metadata.jsonl or .csv")
     parser.add_argument("--out", required=True, help="new folder for the shards")
     parser.add_argument("--per-shard", type=int, default=1000)
     try:
