@@ -15,16 +15,14 @@ import sys
 import types
 import unicodedata
 
-import numpy as np
 import regex
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from plumbing.checkpoint import UNREADABLE, checksum, copied, read_tensors
-from plumbing.cli import ROOT, UsageError
+from plumbing.cli import UsageError
 
-POCKET_TEXT = ROOT / "pocket" / "text.safetensors"
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")     # CLIP's
 MARKS = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}    # the last two of its vocabulary
 START_OF_TEXT, END_OF_TEXT = MARKS.values()   # the tokenizers of H-14 and bigG-14 pad with this one
@@ -155,7 +153,9 @@ def text_encoder(name="pocket", weights=None, device="cpu", width=None):
     if name not in TEXT_ENCODERS:
         raise UsageError(f"text encoder {name!r}: expected one of {', '.join(TEXT_ENCODERS)}")
     size, pad, published = TEXT_ENCODERS[name], END_OF_TEXT, None
-    weights = POCKET_TEXT if name == "pocket" else weights
+    if name == "pocket":
+        from pocket import text as pocket
+        weights = pocket.TAUGHT
     if weights == "released":
         from published import hub
         weights = hub.released(name)
@@ -170,7 +170,7 @@ def text_encoder(name="pocket", weights=None, device="cpu", width=None):
     tower.attn_mask = None                                        # TextEncoder makes its own
     try:
         tower.load_state_dict(copied(
-            pocket_weights(tower) if name == "pocket" else
+            pocket.weights(tower) if name == "pocket" else
             published.weights(weights) if published else clip_weights(name, weights)), assign=True)
     except UsageError:
         raise
@@ -182,37 +182,6 @@ def text_encoder(name="pocket", weights=None, device="cpu", width=None):
         raise UsageError(f"the text encoder {name} gives tokens {tower.width} wide, and the model "
                          f"reads tokens {width} wide (--text-encoder, --text-width)")
     return TextEncoder(name, tower, pad).to(device)
-
-
-def pocket_weights(tower):
-    """The random weights below; in its layers those that pocket/teach_text.py taught, if there."""
-    state = random_text_weights(tower)
-    taught = read_tensors(POCKET_TEXT) if os.path.exists(POCKET_TEXT) else {}
-    layers = {name for name in state if name.startswith("transformer.")}
-    if taught and layers != set(taught):
-        raise ValueError(f"expected the {len(layers)} tensors of the layers, found {len(taught)}; "
-                         f"{min(layers ^ set(taught))} is in one of the two alone")
-    return state | taught
-
-
-def random_text_weights(tower):
-    """Random weights that are the same on every machine: a fixed code for captions, not CLIP.
-
-    RandomState's stream is frozen for good, and a uniform number needs no logarithm, whose last
-    digit may differ between machines.
-    """
-    rng, state = np.random.RandomState(24), {}
-    for name, parameter in sorted(tower.state_dict().items()):
-        if parameter.ndim == 1:  # layer norms and biases
-            value = np.full(parameter.shape, float(name.endswith("weight")))
-        else:
-            std = 1 / np.sqrt(parameter.shape[1])  # fan-in
-            if name.endswith(("out_proj.weight", "c_proj.weight")):
-                std *= 0.5  # branches add to the words, they do not drown them
-            std = {"token_embedding.weight": 1.0, "positional_embedding": 0.5}.get(name, std)
-            value = (rng.random_sample(tuple(parameter.shape)) * 2 - 1) * (np.sqrt(3) * std)
-        state[name] = torch.from_numpy(value.astype(np.float32))
-    return state
 
 
 def clip_weights(name, weights):

@@ -12,7 +12,7 @@ captions of the drawings can teach it, without any picture:
     left or upper one first, whatever the caption begins with: colour, shape and size
 
 Only the two transformer layers learn; the 49,408 token embeddings, drawn from a fixed seed
-(random_text_weights), stay. The head is not needed afterwards.
+(text.random_weights), stay. The head is not needed afterwards.
 
 Leaves the layers' average in OUT/text.safetensors (float16). `cp` that to pocket/ and every
 training reads it from there; Stages B and C before it do not fit then and say so. Stopped and
@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 import stage_c
 from plumbing import checkpoint, cli, text, training
 from pocket import shapes
+from pocket import text as pocket_text
 
 CONFIG = replace(stage_c.PRESETS["pocket"], steps=2000, batch_size=128, lr=2e-3, cooldown=1000,
                  log_every=20, save_every=100)
@@ -102,7 +103,7 @@ def teach(config, out):
     """config: a stage_c.Config, whose steps, batch_size, lr and so on are used here."""
     device = training.setup(config.seed)
     encoder = text.text_encoder("pocket", device=device)
-    encoder.tower.load_state_dict(text.random_text_weights(encoder.tower))
+    encoder.tower.load_state_dict(pocket_text.random_weights(encoder.tower))
     test = batch(range(1000), "heldout", device)
 
     run = training.Run("text", config, out, device)

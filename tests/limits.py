@@ -25,5 +25,6 @@ FLOORS = {
 }
 LAZY = {                               # foreign formats, read when such a file is given
     "plumbing/checkpoint.py": {"published.weights"},
-    "plumbing/text.py": {"published.hub", "published.text"},
-    "sample.py": {"published.hub"}, "published/export.py": {"sample"}}
+    "plumbing/text.py": {"published.hub", "published.text", "pocket.text"},
+    "sample.py": {"published.hub", "tools.explain"},
+    "published/export.py": {"sample"}}

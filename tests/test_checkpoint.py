@@ -89,6 +89,7 @@ from pathlib import Path
 import torch
 import stage_a, stage_b, stage_c
 from plumbing import checkpoint, text
+from pocket import text as pocket_text
 from test_shapes import TINY_C
 
 folder, found = Path(sys.argv[1]), {}
@@ -96,7 +97,7 @@ for stage, module in dict(A=stage_a, B=stage_b, C=stage_c).items():
     found[f"{stage}.pt"] = module.load(folder / f"{stage}.pt")
     found[f"stage_{stage.lower()}.safetensors"] = module.load(folder /
                                                               f"stage_{stage.lower()}.safetensors")
-text.POCKET_TEXT = folder / "text.safetensors"
+pocket_text.TAUGHT = folder / "text.safetensors"
 found["text.safetensors"] = text.text_encoder("pocket")
 text.TEXT_ENCODERS["clip-h"] = text.TEXT_ENCODERS["pocket"]
 found["clip.pt"] = text.text_encoder("clip-h", folder / "clip.pt")

@@ -112,9 +112,9 @@ def test_taught_text_tower(tmp_path, monkeypatch):
     same(whole["layers_ema"], halves["layers_ema"], "layers")
     log = [json.loads(line) for line in open(tmp_path / "halves/log.jsonl")]
     assert [line["step"] for line in log] == [1, 2] and 0 <= log[1]["shape 1"] <= 1
-    monkeypatch.setattr(text, "POCKET_TEXT", str(tmp_path / "none"))
+    monkeypatch.setattr("pocket.text.TAUGHT", str(tmp_path / "none"))
     untaught = text.text_encoder("pocket").tower.state_dict()
-    monkeypatch.setattr(text, "POCKET_TEXT", str(tmp_path / "whole/text.safetensors"))
+    monkeypatch.setattr("pocket.text.TAUGHT", str(tmp_path / "whole/text.safetensors"))
     for name, value in text.text_encoder("pocket").tower.state_dict().items():
         layer = name.removeprefix("transformer.")
         expected = whole["layers_ema"][layer].half() if layer != name else untaught[name]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from plumbing import text
+from plumbing import checkpoint, text
 from plumbing.cli import UsageError
 from pocket import shapes, teach_text
 from tests.common import command
@@ -40,7 +40,7 @@ def test_pocket_text_encoder_is_the_same_everywhere(encoder, monkeypatch):
     """A known checksum, whatever was drawn before; without the taught layers, another one."""
     assert encoder.checksum == "a4876a0582811a9a19ce027954e69b5719db6b3e067912b963b7b58f876611ea"
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.train().training
-    monkeypatch.setattr(text, "POCKET_TEXT", "none")
+    monkeypatch.setattr("pocket.text.TAUGHT", "none")
     untaught = "9951c320d90751f38e777c6775c2a6870657b5b6183a86ec761edad8e65721ff"
     assert text.text_encoder("pocket").checksum == untaught
 
@@ -61,9 +61,9 @@ def test_pocket_text_encoder_knows_word_order(encoder):
 def test_bad_pocket_text_weights(tmp_path, monkeypatch):
     """A damaged file and one of another tower are named, with what was expected."""
     from safetensors.torch import load_file, save_file
-    taught = load_file(text.POCKET_TEXT)
+    taught = load_file(checkpoint.POCKET / "text.safetensors")
     path = tmp_path / "text.safetensors"
-    monkeypatch.setattr(text, "POCKET_TEXT", str(path))
+    monkeypatch.setattr("pocket.text.TAUGHT", str(path))
     path.write_bytes(b"no tensors")
     with pytest.raises(UsageError, match="text.safetensors: is not the text tower of pocket"):
         text.text_encoder("pocket")
