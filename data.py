@@ -46,8 +46,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from plumbing import tars, training
+from plumbing import training
 from plumbing.cli import UsageError
+from sources import listing, tars
 
 MAX_PIXELS = 89_000_000  # ours: just below the size at which Pillow itself begins to warn
 
@@ -184,8 +185,8 @@ class CaptionedImages(Dataset):
         self.source, self.resize, self.crop = os.fspath(source), resize, crop
         self.seed, self.center = seed, center
         # problems: [(reason, where)] of all that is left out
-        files, rows, self.problems, self.stamps = tars.find_samples(self.source, self.suffixes)
-        self.shards, self._reader = files if self.stamps else [], tars.Reader(files, self.stamps)
+        files, rows, self.problems, self.stamps = listing.find_samples(self.source, self.suffixes)
+        self.shards, self._reader = files if self.stamps else [], listing.Reader(files, self.stamps)
         # Arrays, not lists: workers share them with the main process without copying.
         self.keys = np.array([key.encode(errors="replace") for key, *_ in rows])     # (N,)
         self.parts = np.array([parts for _, *parts in rows], dtype=np.int64)         # (N, 3, 3)
@@ -207,7 +208,7 @@ class CaptionedImages(Dataset):
         passed = [why is None for why in reasons]
         self.keys, self.parts = self.keys[passed], self.parts[passed]
         if not any(passed):
-            raise tars.unusable(self.source, "no sample passes the filters", self.problems)
+            raise listing.unusable(self.source, "no sample passes the filters", self.problems)
 
     def describe(self):
         """What was found, and what was left out and why, in a few lines."""
@@ -339,7 +340,7 @@ class Stream:
         self.dataset, self.config, self.device, self.batches = dataset, config, device, None
         self.rank, self.world = training.rank(), training.world()
         self.taken, self.given = 0, 0  # samples; batches, of which a step has config.accumulate
-        self.failures = tars.FailureCounter(dataset)
+        self.failures = listing.FailureCounter(dataset)
 
     def __iter__(self):
         return self
@@ -427,7 +428,7 @@ def remember(dataset, encode, batch_size=64, workers=0, label="encode"):
     Stream takes in place of dataset. Images come with the crops of epoch 0, or centred where the
     dataset has center=True. Floats are kept as float16, half the memory.
     """
-    memory, failures = Memory(dataset), tars.FailureCounter(dataset)
+    memory, failures = Memory(dataset), listing.FailureCounter(dataset)
     with tqdm(total=len(dataset), desc=label, unit="img") as bar, torch.no_grad():
         for indices, batch in batches_in_order(dataset, range(len(dataset)), batch_size, workers):
             failures.note(batch)

@@ -38,8 +38,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from plumbing import cli, tars
+from plumbing import cli
 from plumbing.cli import UsageError, read_json
+from sources import tars
 
 # ---- The grammar ---------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import data
-from plumbing import tars
 from plumbing.cli import UsageError
+from sources import listing, tars
 from tests.common import encoded, make_tar, members_of
 
 
@@ -195,7 +195,7 @@ def test_reader(shards):
     found = data.CaptionedImages(shards)
     reader = found._reader
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tars, "OPEN_FILES", 2)
+        patch.setattr(listing, "OPEN_FILES", 2)
         assert [found.caption(i) for i in (0, 5, 9, 0)] == [f"number {i}" for i in (0, 5, 9, 0)]
     assert len(reader.handles) == 2 and not pickle.loads(pickle.dumps(found))._reader.handles
     last = shards / "00002.tar"

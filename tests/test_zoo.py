@@ -16,9 +16,10 @@ from PIL import Image
 import data
 import sample
 import semantic_compressor
-from plumbing import cli, pictures, tars
+from plumbing import cli, pictures
 from plumbing.cli import UsageError
 from pocket import shapes
+from sources import listing
 from tests.common import HERE, contents, encoded, make_tar, members_of, take
 from tests.test_tars import counts
 from tools import cache_latents, look, pack
@@ -111,7 +112,7 @@ def test_every_file_of_a_folder_is_accounted_for(tmp_path):
     assert captions == list("abcdefghijkl") + ["o"]
     fate, said = files_of(found), dict(found.problems[::-1])
     for name in names - set(fate):          # named as a file, or by the key of its sample
-        plain = tars.shown(name)
+        plain = listing.shown(name)
         fate[name] = next((reason for reason, where in found.problems if
                            where.endswith(plain) or where == os.path.splitext(plain)[0]), "silence")
     assert not [name for name, what in fate.items() if what == "silence"]
@@ -200,8 +201,8 @@ def test_captions_that_are_not_utf8(tmp_path, encoding, text):
         (tmp_path / f"in/{name}.txt").write_bytes(content)
     (tmp_path / "in/metadata.csv").write_bytes(
         b"file_name,text\ngood.png,good\nfine.png,\"K\xc3\xa4se\"\nbad.png,K\xe4se\n")
-    for listing in (True, False):
-        if not listing:
+    for listed in (True, False):
+        if not listed:
             (tmp_path / "in/metadata.csv").unlink()
         found = data.CaptionedImages(tmp_path / "in", report=False)
         samples = {found.key(i): found[i] for i in range(3)}

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import data
 import semantic_compressor
-from plumbing import checkpoint, cli, tars, training
+from plumbing import checkpoint, cli, training
+from sources import listing, tars
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def cache(source, weights, out, image_size=None, batch_size=32, workers=2, per_s
     with open(f"{note}.tmp", "w", encoding="utf-8") as file:
         json.dump(settings, file)
     os.replace(f"{note}.tmp", note)
-    failures = tars.FailureCounter(dataset)
+    failures = listing.FailureCounter(dataset)
     with tqdm(total=len(dataset), desc="latents", unit="img") as bar:
         for number, first in enumerate(range(0, len(dataset), per_shard)):
             path = os.path.join(out, f"{number:05d}.tar")

@@ -15,8 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from plumbing import cli, tars
+from plumbing import cli
 from plumbing.cli import UsageError
+from sources import listing, tars
 
 COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: many phones
 
@@ -40,7 +41,7 @@ def pack(folder, out, per_shard=1000):
     os.makedirs(part, exist_ok=True)
     for old in glob.glob(os.path.join(glob.escape(part), "*.tar*")):
         os.remove(old)
-    failures, shard, written = tars.FailureCounter(dataset), [], 0
+    failures, shard, written = listing.FailureCounter(dataset), [], 0
     for index in tqdm(range(len(dataset)), desc="pack", unit="img"):
         try:
             content = dataset.bytes_of(index, 0)
