@@ -19,7 +19,7 @@ def grid(images, columns, captions=None, scale=1):
     images = [image if isinstance(image, Image.Image) else to_pil(image) for image in images]
     width, height = (side * scale for side in images[0].size)
     font, line = ImageFont.load_default(11), 13
-    texts = [wrap(plain(text), width, font) for text in captions or [""] * len(images)]
+    texts = [wrap(plain(text[:401]), width, font) for text in captions or [""] * len(images)]
     below = line * max(text.count("\n") + 1 for text in texts) + 3 if captions else 0
     size = (columns * (width + 4) + 4, -(-len(images) // columns) * (height + below + 4) + 4)
     sheet = Image.new("RGB", size, "white")

@@ -436,9 +436,8 @@ def test_bad_batch_does_not_poison_stage_a(drawings, tmp_path, monkeypatch):
 
 # ---- sample.py -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("out", ["x.foo", "x", "none/x.png", "folder.png", "dead.png", ""])
+@pytest.mark.parametrize("out", ["x.foo", "x", "none/x.png", "dead.png"])
 def test_out_is_checked_before_sampling(out, tmp_path, monkeypatch):
-    (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "dead.png")
     monkeypatch.setattr(sample, "find", fails(AssertionError("it began to work")))
     with pytest.raises(UsageError, match="--out"):
