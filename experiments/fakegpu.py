@@ -134,9 +134,11 @@ def backward(loss):
                     seen.add(child)
                     stack.append(child)
     arrived, ready = defaultdict(dict, {root: {0: torch.ones_like(loss)}}), deque([root])
-    # The engine empties each node; here its last owner must let go, as a caller's name for a tensor
-    loss.detach_()
-    del root, seen
+    # The engine empties each node; here its last owner must let go, as the names of scalars
+    for kept in (loss, *sys._getframe(1).f_locals.values()):
+        if isinstance(kept, torch.Tensor) and kept.ndim == 0 and kept.grad_fn is not None:
+            kept.detach_()
+    del root, seen, kept
     with torch.no_grad():
         while ready:
             node = ready.pop()
@@ -167,7 +169,7 @@ def backward(loss):
                     del users[child]
                     ready.append(child)
             del results, children, grad, child
-    for kept in sys._getframe(1).f_locals.values():
+    for kept in sys._getframe(1).f_locals.values():       # checkpointing needed these until now
         if isinstance(kept, torch.Tensor) and kept.grad_fn is not None:
             kept.detach_()
 
