@@ -76,15 +76,15 @@ class FakeGPU(FakeTensorMode):
         if packet is aten._local_scalar_dense and isinstance(args[0], FakeTensor):
             if self.here(args[0]):
                 self.wait("item")
-            return args[0].dtype.is_floating_point * 1.0 or True if args[0].constant is None else \
-                args[0].constant.item()
-        if packet in (aten._to_copy, torch.ops.prims.device_put):
+            known, real = args[0].constant, args[0].is_floating_point()
+            return known.item() if known is not None else 1.0 if real else 1
+        if packet in (aten._to_copy, torch.ops.prims.device_put) and not self.depth:
             target = kwargs.get("device") or args[1:] and args[1]
             kinds = {args[0].device.type, torch.device(target).type} if target else set()
             at_once = kwargs.get("non_blocking") or args[2:] == (True,)
             if len(kinds) == 2 and "cuda" in kinds and not at_once:
                 self.wait("copy")
-        if packet in DATA_DEPENDENT:
+        if packet in DATA_DEPENDENT and not self.depth:
             self.wait(str(packet))
         self.depth += 1               # a miss of FakeTensorMode's cache comes back with the parts
         try:
