@@ -573,10 +573,11 @@ def train(config, source, out, path_a, clip=None, init_from=None):
 def preview(model, compressor, vqgan, encoder, batch, path):
     """Top row: images. Then: through A alone; through compressor, B (12 steps, w = 1) and A."""
     images, captions = batch["images"][:8], batch["captions"][:8]
-    latents = compressor.standardise(compressor(semantic_compressor.resize(images)))
-    drawn = draw_images(Decoder(vqgan, model, compressor, compressor.scale, encoder), latents,
-                        captions, range(len(images)), guidance=1)
-    rows = [images, vqgan.decode(vqgan.encode(images)), drawn]
+    with training.autocast(images.device):
+        latents = compressor.standardise(compressor(semantic_compressor.resize(images)).float())
+        drawn = draw_images(Decoder(vqgan, model, compressor, compressor.scale, encoder), latents,
+                            captions, range(len(images)), guidance=1)
+        rows = [images, vqgan.decode(vqgan.encode(images)), drawn]
     pictures.grid(torch.cat(rows).float().cpu(), columns=len(images)).save(path)
 
 

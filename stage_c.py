@@ -498,12 +498,16 @@ def preview(model, encoder, captions, decoder, path):
     """Sixteen captions of the data at fixed noise, decoded by the B and A in `decoder`'s files."""
     side, seeds = model.config.image_size * 3 // 128, range(len(captions))
     shape = (len(captions), model.config.latent_channels, side, side)
-    latents = ddpm_sample(model, shape, encoder(captions), encoder([""]), steps=20,
-                          generator=stage_b.generators(seeds))
-    images = pictures.latent_picture(latents)
-    if decoder:
-        decoder = stage_b.load_decoder(*decoder, device=latents.device)
-        images = stage_b.draw_images(decoder, latents, captions, seeds)
+    device = next(model.parameters()).device
+    with training.autocast(device):
+        latents = ddpm_sample(model, shape, encoder(captions), encoder([""]), steps=20,
+                              generator=stage_b.generators(seeds))
+        images = pictures.latent_picture(latents)
+        if decoder:
+            decoder = stage_b.load_decoder(*decoder, device=device)
+            images = torch.cat([                      # four at a time: 16 of 1024 px fill 46 GiB
+                stage_b.draw_images(decoder, latents[i:i + 4], captions[i:i + 4], seeds[i:i + 4])
+                for i in range(0, len(seeds), 4)])
     pictures.grid(images.float().cpu(), 4, captions).save(path)
 
 

@@ -76,15 +76,15 @@ class FakeGPU(FakeTensorMode):
         if packet is aten._local_scalar_dense and isinstance(args[0], FakeTensor):
             if self.here(args[0]):
                 self.wait("item")
-            return args[0].dtype.is_floating_point * 1.0 or True if args[0].constant is None else \
-                args[0].constant.item()
-        if packet in (aten._to_copy, torch.ops.prims.device_put):
+            known, real = args[0].constant, args[0].is_floating_point()
+            return known.item() if known is not None else 1.0 if real else 1
+        if packet in (aten._to_copy, torch.ops.prims.device_put) and not self.depth:
             target = kwargs.get("device") or args[1:] and args[1]
             kinds = {args[0].device.type, torch.device(target).type} if target else set()
             at_once = kwargs.get("non_blocking") or args[2:] == (True,)
             if len(kinds) == 2 and "cuda" in kinds and not at_once:
                 self.wait("copy")
-        if packet in DATA_DEPENDENT:
+        if packet in DATA_DEPENDENT and not self.depth:
             self.wait(str(packet))
         self.depth += 1               # a miss of FakeTensorMode's cache comes back with the parts
         try:
@@ -134,9 +134,11 @@ def backward(loss):
                     seen.add(child)
                     stack.append(child)
     arrived, ready = defaultdict(dict, {root: {0: torch.ones_like(loss)}}), deque([root])
-    # The engine empties each node; here its last owner must let go, as a caller's name for a tensor
-    loss.detach_()
-    del root, seen
+    # The engine empties each node; here its last owner must let go, as the names of scalars
+    for kept in (loss, *sys._getframe(1).f_locals.values()):
+        if isinstance(kept, torch.Tensor) and kept.ndim == 0 and kept.grad_fn is not None:
+            kept.detach_()
+    del root, seen, kept
     with torch.no_grad():
         while ready:
             node = ready.pop()
@@ -167,7 +169,7 @@ def backward(loss):
                     del users[child]
                     ready.append(child)
             del results, children, grad, child
-    for kept in sys._getframe(1).f_locals.values():
+    for kept in sys._getframe(1).f_locals.values():       # checkpointing needed these until now
         if isinstance(kept, torch.Tensor) and kept.grad_fn is not None:
             kept.detach_()
 

@@ -144,7 +144,7 @@ def step(name, preset, config, meter, previews=True):
                 trained += sum(w.nbytes for w in weights)
         ema = sum(w.nbytes for key, net in parts.items() if "ema" in key for w in net.parameters())
         found.update(parameters=trained, gradients=trained, optimizer=2 * trained, ema=ema,
-                     frozen=meter.now - 3 * trained - ema)
+                     frozen=meter.now - (3 + several) * trained - ema)
         meter.peak, meter.flops, meter.waits, meter.traffic = meter.now, *map(Counter, [()] * 3)
 
     def aside(function, instead=None):

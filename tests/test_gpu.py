@@ -24,61 +24,25 @@ from tests.common import HERE
 HALF = partial(torch.autocast, "cpu", torch.bfloat16)
 CONFIGS = {"a": TINY_A, "b": replace(TINY_B, remember=False), "c": replace(TINY_C, remember=False)}
 
-# Fake CUDA can break a process at its end: each try has its own, a fork, and says what it found.
-FORKS = """
-import json, os, sys
-from dataclasses import replace
-import torch
-from experiments import fakegpu, fit
-from plumbing import training
-from tests import test_gpu
-def one(name):
-    {work}
-for name in {names}:
-    sys.stdout.flush()
-    if not os.fork():
-        try:
-            print("RESULT", json.dumps([name, one(name)]), flush=True)
-        except Exception as error:
-            print("RESULT", json.dumps([name, f"{type(error).__name__}: {error}"]), flush=True)
-        os._exit(0)
-    os.wait()
-"""
-
-
-def forked(work, names):
-    """{name: what `work`, the body of a function of name, returns; an exception: its words}."""
-    code = FORKS.replace("{work}", work.strip().replace("\n", "\n    ")).replace(
-        "{names}", repr(list(names)))
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    found = dict(json.loads(line.partition("RESULT ")[2])
-                 for line in done.stdout.splitlines() if "RESULT " in line)
-    assert list(found) == list(names), done.stderr[-2000:]
-    return found
-
-
-# ---- devices, dtypes, waits ----------------------------------------------------------------------
-
-def test_gpu_path_is_consistent():
-    """Step, preview and samplers of each stage on fake CUDA tensors: one device, no float64, no two
-    dtypes in a product, and one wait of the host for the GPU in each step but for the log line.
-    """
-    found = forked("""
+# Fake CUDA can break a process at its end: each try below has its own, a fork of one that has
+# imported all, and says what it found. `name: body of a function`.
+STEP = """
 with fakegpu.pretend() as gpu:
-    return fit.step(name, "pocket", test_gpu.CONFIGS[name], gpu)
-""", "abc")
-    for name, step in found.items():
-        assert isinstance(step, dict), f"Stage {name.upper()} on a GPU: {step}"
-        assert set(step["flops"]) <= {"bfloat16", "float32"} and step["aside"] > 0, step
-        waits = [place for kind, place, times in step["waits"] for _ in range(times)
-                 if "numbers.update" not in place]                        # the log line's own
-        assert len(waits) == 1 and "flags.tolist()" in waits[0], (
-            f"Stage {name.upper()}: a step waits for the GPU at {waits}")
-
-
-def test_samplers_under_autocast():
-    """C's and B's sampler and A's decoder under bf16: float32 comes out of those that divide."""
-    found = forked("""
+    return fit.step("{name}", "pocket", test_gpu.CONFIGS["{name}"], gpu)
+"""
+FAULT = """
+with fakegpu.pretend() as gpu:
+    x, w = torch.ones(4, 4, device="cuda"), torch.ones(4, 4)
+    {fault}
+    w.pin_memory().to("cuda", non_blocking=True)
+    return sum(gpu.waits.values())
+"""
+FAULTS = {"device": "x @ w", "float64": "x.double()", "dtype": "x.bfloat16() @ x",
+          "wait": "float(x.sum())", "wait for a copy": "w.to('cuda')", "none": "x @ x"}
+TRIES = {
+    **{name: STEP.replace("{name}", name) for name in "abc"},
+    **{name: FAULT.replace("{fault}", fault) for name, fault in FAULTS.items()},
+    "samplers": """
 with fakegpu.pretend() as gpu, fit.stand_ins("pocket"), torch.no_grad():
     device = training.setup(0)
     decoder = fit.stage_b.load_decoder(device=device)
@@ -88,54 +52,89 @@ with fakegpu.pretend() as gpu, fit.stand_ins("pocket"), torch.no_grad():
         latents = fit.stage_c.ddpm_sample(model, (2, 16, 3, 3), text, null)
         images = fit.stage_b.draw_images(decoder, latents, ["a red star"] * 2, [0, 1])
     return [str(latents.dtype), str(latents.device), str(images.device), *images.shape]
-""", ["chain"])["chain"]
-    assert found == ["torch.float32", "cuda:0", "cuda:0", 2, 3, 128, 128], found
-
-
-def test_faults_are_seen():
-    """Planted faults: a tensor left on the CPU, a float64, two dtypes in a product, a wait."""
-    found = forked("""
-with fakegpu.pretend() as gpu:
-    x, w = torch.ones(4, 4, device="cuda"), torch.ones(4, 4)
-    if name == "device":
-        x @ w
-    if name == "float64":
-        x.double()
-    if name == "dtype":
-        x.bfloat16() @ x
-    if name == "wait":
-        float(x.sum())
-    if name == "wait for a copy":
-        w.to("cuda")
-    w.pin_memory().to("cuda", non_blocking=True)
-    return sum(gpu.waits.values())
-""", ["device", "float64", "dtype", "wait", "wait for a copy", "none"])
-    assert [isinstance(one, str) for one in found.values()] == [True] * 3 + [False] * 3, found
-    assert list(found.values())[3:] == [1, 1, 0], found
-
-
-def test_fake_gpu_counts():
-    """Bytes and operations of small networks by hand: a layer, a grouped convolution, its step."""
-    found = forked("""
+""",
+    "counts": """
+def forward():
+    x = torch.ones(256, 1024, device="cuda")
+    y = layer(x).sum()
+    counted.extend([gpu.now - weights, sum(gpu.flops.values())])
+    y.backward()
 with fakegpu.pretend() as gpu:
     layer = torch.nn.Linear(1024, 512, bias=False).to("cuda")
     conv = torch.nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False).to("cuda")
     weights = gpu.now
-    x = torch.ones(256, 1024, device="cuda")
-    y = layer(x)
-    kept, forward = gpu.now - weights, sum(gpu.flops.values())
-    y.sum().backward()
-    del x, y
-    left = gpu.now - weights                                  # its gradient
-    layer.weight.grad = None
+    counted = [weights]
+    forward()
+    counted.append(gpu.now - weights)                         # its gradient
     gpu.flops.clear()
     conv(torch.ones(2, 64, 8, 8, device="cuda", requires_grad=True)).sum().backward()
-    return [weights, kept, forward, left, sum(gpu.flops.values())]
-""", ["counts"])["counts"]
-    weights, kept, forward, left, grouped = found
+    return [*counted, sum(gpu.flops.values())]
+"""}
+FORKS = """
+import json, os, sys
+import torch
+from experiments import fakegpu, fit
+from plumbing import training
+from tests import test_gpu
+for name, body in test_gpu.TRIES.items():
+    sys.stdout.flush()
+    if not os.fork():
+        try:
+            scope = globals().copy()
+            exec("def one():\\n    " + body.strip().replace("\\n", "\\n    "), scope)
+            found = scope["one"]()
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        print("RESULT", json.dumps([name, found]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    """{name of a try: what it returns; an exception: its words}."""
+    done = subprocess.run([sys.executable, "-c", FORKS], cwd=HERE, capture_output=True, text=True)
+    found = dict(json.loads(line.partition("RESULT ")[2])
+                 for line in done.stdout.splitlines() if "RESULT " in line)
+    assert list(found) == list(TRIES), done.stderr[-2000:]
+    return found
+
+
+# ---- devices, dtypes, waits ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", "abc")
+def test_gpu_path_is_consistent(found, name):
+    """Step, preview and samplers of each stage on fake CUDA tensors: one device, no float64, no two
+    dtypes in a product, and one wait of the host for the GPU in each step but for the log line.
+    """
+    step = found[name]
+    assert isinstance(step, dict), f"Stage {name.upper()} on a GPU: {step}"
+    assert set(step["flops"]) <= {"bfloat16", "float32"} and step["aside"] > 0, step
+    waits = [place for kind, place, times in step["waits"] for _ in range(times)
+             if "numbers.update" not in place]                            # the log line's own
+    assert len(waits) == 1 and "flags.tolist()" in waits[0], (
+        f"Stage {name.upper()}: a step waits for the GPU at {waits}")
+
+
+def test_samplers_under_autocast(found):
+    """C's and B's sampler and A's decoder under bf16: float32 comes out of those that divide."""
+    assert found["samplers"] == ["torch.float32", "cuda:0", "cuda:0", 2, 3, 128, 128]
+
+
+def test_faults_are_seen(found):
+    """Planted faults: a tensor left on the CPU, a float64, two dtypes in a product, a wait."""
+    seen = [found[name] for name in FAULTS]
+    assert [isinstance(one, str) for one in seen] == [True] * 3 + [False] * 3, seen
+    assert seen[3:] == [1, 1, 0], seen
+
+
+def test_fake_gpu_counts(found):
+    """Bytes and operations of small networks by hand: a layer, a grouped convolution, its step."""
+    weights, kept, forward, left, grouped = found["counts"]
     assert weights == 4 * 1024 * 512 + -(-4 * 64 * 9 // 512) * 512
-    assert kept == 4 * 256 * (1024 + 512) and forward == 2 * 256 * 1024 * 512
-    assert left == 4 * 1024 * 512
+    assert kept == 4 * 256 * 1024 + 512, "the input, which backward needs, and the sum"
+    assert forward == 2 * 256 * 1024 * 512 and left == 4 * 1024 * 512
     assert grouped == 3 * 2 * 9 * (2 * 64 * 8 * 8), "forward, and backward by input and weight"
 
 
