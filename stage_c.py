@@ -64,6 +64,7 @@ class Config:
     batch_size: int = 96               # ours: 96 x 16 is the 1536 of E.3; 27 GiB estimated
     accumulate: int = 16
     lr: float = 1e-4                   # paper, E.3
+    muon: bool = False                 # paper, E.3: AdamW; pocket: Muon's steps for matrices
     warmup: int = 10_000               # official code (the paper gives it for Stage B only)
     cooldown: int = 0                  # ours: linear decay at the end; the paper names none
     grad_clip: float = 1.0             # official code
@@ -93,8 +94,9 @@ PRESETS = {
         batch_size=16, accumulate=96),                                                 # 1536
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         width=192, depth=4, heads=6, text_width=128, dropout=0.0, text_encoder="pocket",
-        image_size=128, remember=True, steps=2000, batch_size=128, accumulate=1, lr=2e-3,
-        warmup=100, cooldown=700, workers=1, log_every=20, preview_every=200, save_every=100),
+        image_size=128, remember=True, steps=2000, batch_size=128, accumulate=1, lr=4e-3,
+        muon=True, warmup=100, cooldown=700, workers=1, log_every=20, preview_every=200,
+        save_every=100),
 }
 PRESETS["finetune"] = replace(         # ours: released weights go on; 32 x 12 is paper-4's 384
     PRESETS["released"], image_size=1024, steps=10_000, lr=1e-5, warmup=500, batch_size=32,
@@ -441,7 +443,8 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_c
     if init_from and run.new:                                             # weights, nothing else
         model.load_state_dict(load(init_from).state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
+    optimizer = (training.Muon if config.muon else torch.optim.AdamW)(
+        [dict(params=[*model.parameters()])], lr=config.lr, fused=True)
     batches = data.Stream(dataset, config, device)
     run.restore(model=model, ema=ema, optimizer=optimizer, batches=batches)
     if config.compile:

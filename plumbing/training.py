@@ -123,6 +123,29 @@ def learning_rate(step, config):
                            (config.steps - step) / max(cooldown(config), 1))
 
 
+class Muon:
+    """Muon (Jordan et al., 2024) for matrices and AdamW for all else, as one optimizer."""
+
+    def __init__(self, groups, lr, **adamw):
+        if not hasattr(torch.optim, "Muon"):
+            raise cli.UsageError(f"--muon: expected torch 2.9 or newer, found {torch.__version__}; "
+                                 "--no-muon trains with AdamW, which needs more steps")
+        matrices, rest = ([group | {"params": [p for p in group["params"] if (p.dim() == 2) == two]}
+                           for group in groups] for two in (True, False))
+        self.parts = (torch.optim.AdamW(rest, lr, **adamw),
+                      torch.optim.Muon([group for group in matrices if group["params"]], lr, 0.01,
+                                       adjust_lr_fn="match_rms_adamw"))   # AdamW's lr and decay
+        self.zero_grad = lambda **how: [part.zero_grad(**how) for part in self.parts]
+        self.step = lambda: [part.step() for part in self.parts]
+        self.state_dict = lambda: dict(enumerate(part.state_dict() for part in self.parts))
+        self.load_state_dict = lambda state: [
+            part.load_state_dict(state[i]) for i, part in enumerate(self.parts)]
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+
 @torch.no_grad()
 def ema_update(ema, model, step, limit):
     """Move the average towards the model: decay min(limit, (1 + n) / (10 + n)) at step n. Buffers
