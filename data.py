@@ -32,7 +32,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import struct
 import sys
@@ -49,12 +48,9 @@ from tqdm import tqdm
 from plumbing import training
 from plumbing.cli import UsageError
 from sources import listing, tars
+from sources.captions import BadSample, caption_of, to_text
 
 MAX_PIXELS = 89_000_000  # ours: just below the size at which Pillow itself begins to warn
-
-
-class BadSample(Exception):
-    """One sample cannot be used: 'reason' or 'reason: detail'."""
 
 
 # ---- Decoding: bytes -> RGB image, scaled and cropped --------------------------------------------
@@ -110,31 +106,6 @@ def fit(image, resize=None, crop=None, rng=None):
                      (int(rng.integers(n + 1)) for n in free))
         image = image.crop((left, top, left + crop_width, top + crop_height))
     return image
-
-
-# ---- Captions: bytes or json -> str --------------------------------------------------------------
-
-def to_text(content):
-    """The bytes of a caption -> str, with single spaces."""
-    try:
-        text = " ".join(content.decode("utf-8-sig").split())
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        pairs = re.sub(rb"[\xa1-\xfe]{2}", b"", content).isascii()
-        guess = ("utf-16" if b"\0" in content else "gb18030" if pairs else
-                 "cp1252" if re.search(rb"[\x80-\x9f]", content) else "latin-1")
-        raise BadSample(f"caption is not UTF-8: as {guess} it would be "
-                        f"{content.decode(guess, errors='replace')[:40]!r}")
-    if not text:
-        raise BadSample("empty caption")
-    return text
-
-
-def caption_of(meta):
-    """The caption, or a list of them, in a .json or an entry of a listing; None without."""
-    return next((meta[name] for name in ("text", "caption", "TEXT")
-                 if meta.get(name) and isinstance(meta[name], (str, list))), None)
 
 
 # ---- Filters: by what the .json of a sample says -------------------------------------------------

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import data
 from plumbing import cli, pictures, text
 from plumbing.cli import UsageError
+from sources.captions import caption_of
 
 CELL = 160  # ours: side of a thumbnail, in pixels
 LENGTHS = {size["context_length"]: name.partition("-")[0]
@@ -43,7 +44,7 @@ def look(source, out="look.png", shown=24, check=1000):
             continue
         sizes[tuple(sample["image"].shape[:0:-1])] += 1
         captions.append(sample["caption"])
-        found = data.caption_of(sample["meta"])
+        found = caption_of(sample["meta"])
         lists += isinstance(found, list) and sample["caption"] == " ".join(str(found[0]).split())
         good.append(int(index))
     part = "all" if len(spread) == len(dataset) else f"{len(spread):,} of {len(dataset):,}"
