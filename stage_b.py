@@ -497,8 +497,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
     groups = [dict(params=[*model.parameters()], share=1.0),              # share of lr
               dict(params=[*compressor.parameters()], share=config.compressor_share)]
     parameters = groups[0]["params"] + groups[1]["params"]
-    optimizer = (training.Muon if config.muon else torch.optim.AdamW)(
-        groups, lr=config.lr, betas=(0.9, 0.95), fused=True)              # official code: AdamW
+    optimizer = training.optimizer(config, groups, betas=(0.9, 0.95))     # official code
 
     @torch.no_grad()
     def targets(batch):

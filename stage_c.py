@@ -443,8 +443,7 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_c
     if init_from and run.new:                                             # weights, nothing else
         model.load_state_dict(load(init_from).state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = (training.Muon if config.muon else torch.optim.AdamW)(
-        [dict(params=[*model.parameters()])], lr=config.lr, fused=True)
+    optimizer = training.optimizer(config, [dict(params=[*model.parameters()])])
     batches = data.Stream(dataset, config, device)
     run.restore(model=model, ema=ema, optimizer=optimizer, batches=batches)
     if config.compile:

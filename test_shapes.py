@@ -26,9 +26,9 @@ TINY_A = replace(stage_a.PRESETS["pocket"], widths=(8, 16), decoder_blocks=1, co
                  preview_every=100, save_every=2)
 TINY_B = replace(stage_b.PRESETS["pocket"], widths=(8, 16, 16), heads=(0, 2, 2), blocks=(1, 1, 2),
                  patch_size=2, cond_width=8, steps=4, batch_size=4, warmup=1, cooldown=0,
-                 log_every=1, preview_every=100, save_every=2)
+                 muon=hasattr(torch.optim, "Muon"), log_every=1, preview_every=100, save_every=2)
 TINY_C = replace(stage_c.PRESETS["pocket"], width=32, depth=2, heads=4, steps=4, batch_size=4,
-                 warmup=1, cooldown=0, log_every=1, preview_every=100, save_every=2)
+                 muon=False, warmup=1, cooldown=0, log_every=1, preview_every=100, save_every=2)
 TEXT = (24, 128)                                            # tokens and width of the pocket encoder
 
 

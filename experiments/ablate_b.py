@@ -234,8 +234,8 @@ def train(name, settings):
         key: recipe[key] for key in ("loss", "damp", "drawings")})
     model = (Damped if recipe["damp"] else stage_b.StageB)(config).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = (training.Muon if config.muon else torch.optim.AdamW)(
-        [dict(params=[*model.parameters()])], lr=config.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = training.optimizer(config, [dict(params=[*model.parameters()])],
+                                   betas=(0.9, 0.95))
     spent = run.state.get("cpu_s", 0.0)                                   # before a stop
     run.restore(model=model, ema=ema, optimizer=optimizer)
     if config.compile:

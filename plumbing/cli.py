@@ -126,8 +126,8 @@ def number(name, kind, several=False):
 def check_config(Config, found, path):
     """The config `found` in the file `path`, read as the command line is: a dict. Or UsageError."""
     out = dict(found)
-    for field in dataclasses.fields(Config):
-        usual, value = field.default, found.get(field.name, field.default)
+    for field in [one for one in dataclasses.fields(Config) if one.name in found]:
+        usual, value = field.default, found[field.name]
         choices = (True, False) if type(usual) is bool else get_args(field.type)
         several = isinstance(usual, tuple)
         read = number(field.name, type((*usual, "")[0] if several else usual), several)

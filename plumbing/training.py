@@ -146,6 +146,11 @@ class Muon:
         return [group for part in self.parts for group in part.param_groups]
 
 
+def optimizer(config, groups, **more):
+    """AdamW, or Muon for matrices where the config says so. groups: [{"params": […], …}]."""
+    return (Muon if config.muon else torch.optim.AdamW)(groups, lr=config.lr, fused=True, **more)
+
+
 @torch.no_grad()
 def ema_update(ema, model, step, limit):
     """Move the average towards the model: decay min(limit, (1 + n) / (10 + n)) at step n. Buffers
