@@ -36,6 +36,8 @@ def setup(seed, device=None):
     if device == "cuda":
         torch.cuda.set_device(index)
         torch.set_float32_matmul_precision("high")        # TF32 for what autocast leaves in fp32
+        if not torch.cuda.is_bf16_supported(including_emulation=False) and rank() == 0:
+            print("this GPU has no bfloat16: all is computed in float32", flush=True)
     elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         # glibc shall keep what is freed: else each large tensor costs fresh pages, and a step of
         # Stage A on two cores 0.67 s in place of 0.45 s
@@ -73,8 +75,9 @@ def synchronised(model):
 
 
 def autocast(device):
-    """Matrix products in bf16 on a GPU; all in float32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Matrix products in bf16 on a GPU that has it; all in float32 elsewhere."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def average_gradients(parameters):

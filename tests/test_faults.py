@@ -176,6 +176,16 @@ def test_devices(monkeypatch):
     assert training.setup(0) == CPU
 
 
+def test_a_card_without_bf16_computes_in_float32(monkeypatch, capsys):
+    """And says so. Simulated."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    assert not training.autocast(training.setup(0, "cuda"))._enabled
+    assert "no bfloat16" in capsys.readouterr().out
+    torch.set_float32_matmul_precision("highest")
+
+
 def test_windows(monkeypatch, tmp_path):
     """Without fcntl nothing is locked, and no folder is opened. Simulated."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
