@@ -202,6 +202,11 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
         q, k, v, attn_mask, torch.is_grad_enabled() and q.requires_grad, dropout_p, is_causal)[0]
 
 
+def copied(tensor, memo):
+    """Tensor.__deepcopy__, which would copy a storage that is not there."""
+    return memo.setdefault(id(tensor), tensor.detach().clone())
+
+
 def read(tensor):
     """Tensor.tolist of one dimension: zeros, which Run.finite takes for a finite gradient."""
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
@@ -215,7 +220,7 @@ def pretend(device="cuda"):
     """-> a FakeGPU; everything within makes and counts fake tensors."""
     patch, mode = mock.patch.object, FakeGPU(device)
     patches = [patch(torch.Tensor, "backward", backward), patch(nn.Module, "_apply", apply),
-               patch(FakeTensor, "tolist", read),
+               patch(FakeTensor, "tolist", read), patch(torch.Tensor, "__deepcopy__", copied),
                patch(torch._C, "_current_graph_task_id", lambda: 0)]      # for checkpointing
     if device == "cuda":
         patches += [

@@ -47,7 +47,6 @@ USABLE = {40: 39.4, 80: 79.1}                    # GiB that torch reports of an 
 PEAK = {"bfloat16": 312e12, "float32": 156e12}        # A100, nominal; float32 as TF32
 BANDWIDTH = 1.555e12                             # bytes/s, A100 of 40 GB, nominal
 LOADER = 243 * 512 ** 2                          # pixels a core-second: docs/speed.md, Loading
-KEPT = []                                        # train()'s frame: to free it can end the process
 CHECKS = {                                       # settings whose step a CPU can do, too
     "b": dict(image_size=256, batch_size=12, widths=(64, 128, 256), blocks=(2, 2, 4),
               heads=(0, 4, 8), cond_width=128),
@@ -129,7 +128,6 @@ def step(name, preset, config, meter, previews=True):
 
     def restore(run, **parts):
         """In place of Run.restore: optimizers get their state; what is resident is noted."""
-        KEPT.append(sys._getframe(1))
         run.parts, run.step, trained = parts, 1, 0
         for one in parts.values():
             if hasattr(one, "param_groups"):
@@ -276,7 +274,7 @@ def check(name, half, real):
 # ---- command line --------------------------------------------------------------------------------
 
 def run(job):
-    """A job in a process of its own, which ends without the teardown that fake CUDA breaks."""
+    """A job in a process of its own, judged by what it printed: fake CUDA may end it badly."""
     # malloc gives each large tensor back at once, so that the kernel counts what lives
     done = subprocess.run(
         [sys.executable, "-m", "experiments.fit", "--job", json.dumps(job)], cwd=cli.ROOT,
@@ -322,7 +320,7 @@ def main():
     args = parser.parse_args()
     if args.job:
         print("RESULT", json.dumps(work(json.loads(args.job))), flush=True)
-        os._exit(0)
+        return
     if args.check:
         for name, half in itertools.product(CHECKS, (False, True)):
             counted, real = (run(dict(name=name, half=half, real=real)) / GIB

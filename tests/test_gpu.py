@@ -24,8 +24,8 @@ from tests.common import HERE
 HALF = partial(torch.autocast, "cpu", torch.bfloat16)
 CONFIGS = {"a": TINY_A, "b": replace(TINY_B, remember=False), "c": replace(TINY_C, remember=False)}
 
-# Fake CUDA can break a process at its end: each try below has its own, a fork of one that has
-# imported all, and says what it found. `name: body of a function`.
+# Each try below runs in a process of its own, a fork of one that has imported all, and says what it
+# found: fake CUDA may end it badly. `name: body of a function`.
 STEP = """
 with fakegpu.pretend() as gpu:
     return fit.step("{name}", "pocket", test_gpu.CONFIGS["{name}"], gpu)
