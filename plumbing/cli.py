@@ -88,6 +88,17 @@ def parse(Config, presets, doc, argv=None, preset="paper", **paths):
     return dataclasses.replace(presets[others["preset"]], **changed), argparse.Namespace(**others)
 
 
+def flags(config, preset):
+    """The options that turn the Config `preset` into `config`: ["--steps", "24", "--no-muon"]."""
+    out = []
+    for name, value in vars(config).items():
+        option = "--" + name.replace("_", "-")
+        if value != getattr(preset, name):
+            out += ([option if value else f"--no-{option[2:]}"] if isinstance(value, bool) else
+                    [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)])
+    return out
+
+
 @functools.cache
 def field_comments(Config):
     """{field: the comment at the end of its line}, from the source of the dataclass."""

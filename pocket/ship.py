@@ -11,7 +11,7 @@ metadata. Everything is measured again with the rounded weights, on drawings hel
 import json
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -42,17 +42,15 @@ def restored(tensors):
 
 def provenance(state, preset, stage):
     """How this stage was trained: the command, as what differs from the preset `pocket`."""
-    config, flags = state["config"], []
-    for name, value in asdict(preset).items():
-        given = config.get(name, value)
-        if given != value and name not in ("latent_mean", "latent_std"):
-            text = ",".join(map(str, given)) if isinstance(given, tuple) else str(given)
-            flags.append(f"--{name.replace('_', '-')} {text}".removesuffix(" True"))
-    if config.get("compressor_share") == 0:
+    scale = {name: getattr(preset, name) for name in ("latent_mean", "latent_std")
+             if hasattr(preset, name)}                                    # measured, not given
+    config = replace(preset, **state["config"] | scale)
+    flags = cli.flags(config, preset)
+    if getattr(config, "compressor_share", 1) == 0:
         flags.append("--init-from runs/pocket/taught/checkpoint.pt")
     return dict(command=" ".join([f"python stage_{stage}.py --preset pocket", *flags]),
                 steps=state["step"], samples=state["samples"], data="pocket/shapes.py, seed 0",
-                seed=config["seed"], date=date.today().isoformat(),
+                seed=config.seed, date=date.today().isoformat(),
                 machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, "
                         f"torch {torch.__version__.partition('+')[0]}")
 

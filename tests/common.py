@@ -11,17 +11,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from plumbing import cli
+
 HERE = Path(__file__).parent.parent
 
 
 def flags(config, preset):
-    """The command-line flags that turn the preset into `config`."""
-    out = []
-    for name, value in vars(config).items():
-        if value != getattr(preset, name):
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            out += [f"--{name.replace('_', '-')}", text]
-    return ["--preset", "pocket", *out]
+    """The command line that turns the preset `pocket` into `config`."""
+    return ["--preset", "pocket", *cli.flags(config, preset)]
 
 
 def command(*arguments, check=True, **options):
