@@ -93,7 +93,7 @@ class Config:
 
 
 PRESETS = {
-    # checkpointed: BatchNorm shall see the paper's micro-batches, and without they fill 60 GiB
+    # checkpointed: BatchNorm sees a micro-batch, which shall not be smaller. 31 GiB; 52 without
     "paper": Config(checkpoint_activations=True),
     # the second phase of E.2, by --init-from; warmup: ours, short, as it has a new optimizer
     "paper-2": Config(image_size=1024, steps=300_000, batch_size=4, warmup=500,    # 4 x 32 = 128

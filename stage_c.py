@@ -82,7 +82,7 @@ class Config:
 PRESETS = {
     "paper": Config(),
     # the later runs of E.3, by --init-from; warmup: ours, short, as each has a new optimizer
-    # and micro-batches: ours, for a card of 40 GB. Estimated GiB: 32, 29, 32, 30 (docs/gpu.md)
+    # and micro-batches: ours, for a card of 40 GB. Estimated GiB: 32, 28, 32, 30 (docs/gpu.md)
     "paper-2": Config(image_size=1024, steps=364_000, batch_size=32, accumulate=48,    # 1536
                       warmup=500),
     "paper-3": Config(image_size=1024, steps=4_000, batch_size=16, accumulate=48,      # 768

@@ -30,6 +30,7 @@ REAL_ATTENTION = nn.functional.scaled_dot_product_attention
 SAME_DTYPE = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution,
               aten.convolution_backward, aten._scaled_dot_product_flash_attention}
 DATA_DEPENDENT = {aten.nonzero, aten._unique2, aten.masked_select}     # shapes that the host awaits
+NO_TRAFFIC = {aten._unsafe_view, *flop_registry}               # a view, and what `flops` counts
 
 
 class FakeGPU(FakeTensorMode):
@@ -104,7 +105,7 @@ class FakeGPU(FakeTensorMode):
             assert x.dtype is not torch.float64, f"{func} has a tensor of float64"
         if not flat:
             return
-        if not (func.is_view or func.namespace == "prim" or packet in flop_registry):
+        if not (func.is_view or func.namespace == "prim" or packet in NO_TRAFFIC):
             self.traffic[str(packet)[5:]] += sum(x.numel() * x.element_size() for x in flat)
         if packet in SAME_DTYPE:
             dtypes = {x.dtype for x in args if self.here(x) and x.is_floating_point()}
