@@ -165,7 +165,7 @@ def test_clicking_through_ten_pairs(made, tmp_path):
 
 @pytest.mark.slow
 def test_draw_and_judge(chain, tmp_path):
-    """Folders of one grammar; a call that was stopped goes on; the checker prefers what is right."""
+    """A call that was stopped goes on; the checker prefers the drawings to noise."""
     call("draw", "--out", tmp_path / "real", "--scenes", 6, "--real")
     options = ["draw", "--out", tmp_path / "drawn", "--scenes", 6, "--weights", chain,
                "--steps-c", 1, "--steps-b", 1]
