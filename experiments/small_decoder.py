@@ -51,25 +51,31 @@ def small_decoder(widths, channels=16):
 
 
 def train(chain, settings, device):
-    """The decoder for this compressor, from --out if it is there."""
+    """The decoder for this compressor; one that --out holds is used, or goes on from its step."""
     path, decoder = settings.out / "decoder.pt", small_decoder(WIDTHS[settings.preset])
     decoder.to(device, memory_format=torch.channels_last)                 # faster on a CPU
     known = dict(compressor=checkpoint.checksum(chain.compressor.state_dict()),
-                 preset=settings.preset, steps=settings.steps)
-    if path.exists():
-        found = torch.load(path, map_location=device)
-        if {name: found[name] for name in known} == known:
-            decoder.load_state_dict(found["model"])
-            return decoder.eval()
-        print(f"{path}: of another compressor, preset or number of steps; it is trained anew")
-    size = chain.c.config.image_size
+                 preset=settings.preset, steps=settings.steps, batch_size=settings.batch_size)
+    found = torch.load(path, map_location=device) if path.exists() else {}
+    if found and {name: found[name] for name in known} != known:
+        print(f"{path}: of another compressor, preset, batch or number of steps; trained anew")
+        found = {}
+    size, begin = chain.c.config.image_size, found.get("step", 0)
+    optimizer = torch.optim.AdamW(decoder.parameters(), settings.lr)
+    if found:
+        decoder.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+    if begin == settings.steps:
+        return decoder.eval()
     if settings.data is None:
         settings.data = "shards/shapes"
         shapes.make_shapes(settings.data)
     batches = data.stream(data.CaptionedImages(settings.data, resize=size, crop=size, center=True),
                           settings.batch_size, workers=1)
-    optimizer = torch.optim.AdamW(decoder.parameters(), settings.lr)
-    for step in (bar := tqdm(range(settings.steps), desc="small decoder")):
+    if found:
+        batches.load_state_dict(found["data"])
+    for step in (bar := tqdm(range(begin, settings.steps), desc="small decoder")):
+        torch.manual_seed(step)
         images = next(batches)["images"].to(device)
         with torch.no_grad():
             sem = latents_of(chain, images)                               # (B, 16, h, w)
@@ -81,9 +87,11 @@ def train(chain, settings, device):
         optimizer.param_groups[0]["lr"] = settings.lr * min(
             1, (step + 1) / 100, 3 * (1 - step / settings.steps))
         optimizer.step()
-        if step % 50 == 0:
+        if (step + 1) % 50 == 0 or step + 1 == settings.steps:
             bar.set_postfix_str(f"{-10 * error.log10().item():.1f} dB")
-    torch.save(dict(known, model=decoder.state_dict()), path)
+            checkpoint.save_checkpoint(path, dict(
+                known, step=step + 1, model=decoder.state_dict(), data=batches.state_dict(),
+                optimizer=optimizer.state_dict()))
     return decoder.eval()
 
 
