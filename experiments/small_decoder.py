@@ -6,7 +6,8 @@
 
 It learns to paint a picture, reduced, from the compressor's latent, without noise to start from and
 without text, so it can only paint what the latent says. What B + A have in their picture and it has
-not is B's own. Trained once for each compressor and kept in --out; then it writes
+not is B's own. It is trained once for each compressor, kept in --out, and goes on where it stopped.
+Then it writes
 
     figure   rows of prompts: the drawing; from its true latent, and from C's, the small decoder and
              B + A. Then one latent of C with three seeds of B, three latents with one seed, and the
