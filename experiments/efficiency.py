@@ -3,6 +3,7 @@
     python -m experiments.efficiency [--size pocket] [--parts train,sample] [--out runs/efficiency]
     python -m experiments.efficiency --size bench --against diffusers
     python -m experiments.efficiency --parts loader
+    python -m experiments.efficiency --parts recipe [--size pocket]
     python -m experiments.efficiency --size released --batch-size 64          on a GPU
 
 Networks are random: speed does not depend on what they have learned. All that is compared runs in
@@ -13,15 +14,16 @@ one process in alternating turns; reported are the median, the least and the mos
              of its nominal 312 TFLOP/s), and what the recipe of E.3 would take at that share
     sample   the chain C -> B -> A without the text tower, by batch size, eager and compiled
     loader   JPEGs from tars: samples per core-second here, and with webdataset and Pillow
+    recipe   counted operations of whole trainings (experiments/price.py); nothing is measured
 
---against diffusers puts diffusers' modules with the same weights beside ours (`pip install
-diffusers webdataset matplotlib`: requirements-dev.txt). Writes efficiency.json, efficiency.md and
+--against diffusers puts diffusers' modules with the same weights beside ours; --against sd adds the
+U-Nets and VAEs of SD 2.1 and SDXL to `sample`, 50 steps, as in Figure 4 (`pip install diffusers
+webdataset matplotlib`: requirements-dev.txt). Writes efficiency.json, efficiency.md and
 efficiency.png into --out; a later run adds to what is there. After --minutes (8) no further turn
 begins, and no other grid, batch size or picture size; what is left out is named.
 """
 
 import copy
-import functools
 import gc
 import io
 import json
@@ -38,8 +40,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -47,14 +47,12 @@ import semantic_compressor
 import stage_a
 import stage_b
 import stage_c
+from experiments import price
 from plumbing import cli, training
 from published import weights
 
 A100 = 312e12                    # nominal FLOP/s of its bf16 matrix products
 KG_PER_A100_HOUR = 2276 / 24602  # the paper's Table 2 (as 250 W x 0.37 kg/kWh, PUE 1: Lacoste 2019)
-RECIPE = (                       # Stage C, E.3: (latents, steps, batch)
-    ((12, 12), 500_000, 1536), ((24, 24), 364_000, 1536), ((24, 40), 4_000, 768),
-    ((24, 24), 50_000, 384))
 SIZES = {                        # Stage C; A and B: the preset beside it, None: not part of it
     "pocket": (stage_c.PRESETS["pocket"], "pocket"),
     "bench": (replace(stage_c.PRESETS["paper"], width=1024, depth=12, dropout=0.0), None),
@@ -109,21 +107,6 @@ def summary(times, per=1):
     """Median, least and most of `times` in seconds; per: images in each of them."""
     middle = statistics.median(times)
     return dict(seconds=middle, least=min(times), most=max(times), images_per_second=per / middle)
-
-
-@functools.cache
-def work(config, grid):
-    """Floating-point operations of one training image of Stage C (a multiply-add is two).
-
-    torch counts a forward pass on the device that holds no numbers, with attention as two matrix
-    products (fused kernels have no formula everywhere); a backward pass is twice as much.
-    """
-    with torch.device("meta"):
-        model = stage_c.StageC(config)
-        x_0, text = stage_c_inputs(config, grid, 1, "meta")
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(x_0, torch.rand(1), text)
-    return 3 * counter.get_total_flops()
 
 
 def peak(device):
@@ -213,7 +196,7 @@ def compiled(model):
 def variants(model, against):
     """{label: model}: eager and compiled, ours and, if asked for, diffusers'."""
     found = {"eager": model, "compiled": compiled(model)}
-    if against:
+    if against == "diffusers":
         found["diffusers eager"] = Theirs(model)
         found["diffusers eager, as it comes"] = Theirs(model, fused=False)
         found["diffusers compiled"] = compiled(found["diffusers eager"])
@@ -239,15 +222,15 @@ def train_stage_c(config, grid, batch, device, settings, best):
         rows["memory_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
         fresh()
     models = variants(model, settings.against)
-    if settings.against:                                # the same function, before it is timed
+    if settings.against == "diffusers":                 # the same function, before it is timed
         with torch.no_grad():
             ours, its = (models[name].eval()(x_0, t, text) for name in ("eager", "diffusers eager"))
         rows["worst_difference"] = ((ours - its).abs().max() / ours.abs().max()).item()
     times = seconds({name: step(one) for name, one in models.items()}, device, settings.turns,
                     until=settings.until)
     for name, one in times.items():
-        rows[name] = dict(summary(one, batch),
-                          share_of_peak=batch * work(config, grid) / statistics.median(one) / best)
+        flop = 3 * batch * price.of_c(config, grid)
+        rows[name] = dict(summary(one, batch), share_of_peak=flop / statistics.median(one) / best)
     return rows
 
 
@@ -335,6 +318,11 @@ def sample_stages(config, preset, device, settings):
         if preset:
             latents = torch.randn(batch, 4, image // 4, image // 4, device=device)
             jobs["A eager"] = lambda: a.decode(latents)
+        if settings.against == "sd":
+            nets, vae = rivals(device)
+            for name, net in nets.items():
+                for how, one in (("eager", net), ("compiled", compiled(net))):
+                    jobs[f"{name} {how}"] = drawer(one, vae, batch, image, device)
         times = seconds(jobs, device, settings.turns, warm=1, until=settings.until)
         rows = {name: summary(one, batch) for name, one in times.items()}
         for name in ("eager", "compiled") if preset else ():
@@ -343,6 +331,44 @@ def sample_stages(config, preset, device, settings):
             rows[f"all {name}"]["images_per_second"] = batch / rows[f"all {name}"]["seconds"]
         found[f"{image} px, batch {batch}"] = rows
     return found
+
+
+def rivals(device):
+    """{name: U-Net} of SD 2.1 and SDXL, and the VAE, with random weights."""
+    from diffusers import UNet2DConditionModel
+    flat, crossed = ("DownBlock2D", "UpBlock2D"), ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+
+    def unet(attends, **settings):
+        kinds = [crossed if one else flat for one in attends]
+        return UNet2DConditionModel(
+            down_block_types=[kind[0] for kind in kinds], use_linear_projection=True,
+            up_block_types=[kind[1] for kind in reversed(kinds)], **settings)
+    with device:
+        found = {
+            "SD 2.1": unet((1, 1, 1, 0), block_out_channels=(320, 640, 1280, 1280),
+                           attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024),
+            "SDXL": unet((0, 1, 1), block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
+                         attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10),
+                         addition_embed_type="text_time", addition_time_embed_dim=256,
+                         projection_class_embeddings_input_dim=2816)}
+        return {name: net.eval() for name, net in found.items()}, price.vae().eval()
+
+
+def drawer(net, vae, batch, side, device):
+    """A function: 50 steps of a U-Net of diffusers with guidance, then the VAE's decoder."""
+    x = torch.randn(batch, 4, side // 8, side // 8, device=device)
+    text = torch.randn(2 * batch, 77, net.config.cross_attention_dim, device=device)
+    more = dict(text_embeds=torch.randn(2 * batch, 1280, device=device),
+                time_ids=torch.ones(2 * batch, 6, device=device))
+
+    def draw():
+        latents = x
+        for t in torch.linspace(999, 0, 50, device=device):
+            out = net(torch.cat([latents, latents]), t, text, added_cond_kwargs=more).sample
+            null, conditional = out.chunk(2)
+            latents = latents - 0.02 * (null + 4 * (conditional - null))
+        vae.decode(latents)
+    return draw
 
 
 def write_jpegs(folder, side, count):
@@ -414,12 +440,8 @@ def projection(share_of_nominal=None):
     """FLOP of E.3's phases with the released Stage C, the one that took the paper 24,602 hours;
     A100-hours and kg CO2 eq. at a share of 312 TFLOP/s.
     """
-    config = stage_c.PRESETS["released"]
-    phases = [dict(grid=list(grid), images=steps * batch,
-                   flop=work(config, grid) * steps * batch) for grid, steps, batch in RECIPE]
-    total = sum(phase["flop"] for phase in phases)
-    found = dict(phases=phases, flop=total,
-                 paper_share_of_nominal=total / (24602 * 3600 * A100))
+    total = price.training_of_c("released")[1]
+    found = dict(flop=total, paper_share_of_nominal=total / (24602 * 3600 * A100))
     if share_of_nominal:
         hours = total / (share_of_nominal * A100) / 3600
         found.update(a100_hours=hours, kg_co2=hours * KG_PER_A100_HOUR)
@@ -451,6 +473,8 @@ def markdown(report):
                         lines.append(f"| {group}, {name} | {row['seconds']:.3f}{spread} | "
                                      f"{row['images_per_second']:.4g} | {share} |")
                 lines.append("")
+        if "price" in entry:
+            lines.append(entry["price"])
         if "recipe" in entry:
             recipe = entry["recipe"]
             lines.append(f"Stage C's recipe (E.3): {recipe['flop']:.3g} FLOP; the paper's 24,602 "
@@ -500,8 +524,8 @@ def plot(report, path):
 def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="pocket")
-    parser.add_argument("--parts", default="train,sample", help="of train, sample, loader")
-    parser.add_argument("--against", choices=("diffusers",))
+    parser.add_argument("--parts", default="train,sample", help="of train, sample, loader, recipe")
+    parser.add_argument("--against", choices=("diffusers", "sd"))
     parser.add_argument("--batch-size", type=int, default=4, help="of Stage C's step (4)")
     parser.add_argument("--grids", default="12,24", help="sides of Stage C's latents (12,24)")
     parser.add_argument("--batches", default="1,4,16", help="sampled at once (1,4,16)")
@@ -543,6 +567,8 @@ def main():
         entry["sample"] = sample_stages(config, preset, device, settings)
     if "loader" in parts:
         entry["loader"] = loader(settings.out, settings)
+    if "recipe" in parts:
+        entry["price"] = price.report(settings.size, entry.get("train"))
     entry["minutes"] = (time.time() - begin) / 60
     given = dict(size=settings.size, parts=settings.parts, against=settings.against)
     if "train" in parts and settings.size != "pocket":

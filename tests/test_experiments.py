@@ -89,3 +89,105 @@ def test_ablation_of_stage_b_command(tmp_path):
     assert [line["step"] for line in log] == [1, 2, 3, 4]
     assert [line["steps"] for line in results] == [2, 4] and results[1]["x0 1"] > 0
     assert (tmp_path / "tiny-s0/sheet.png").exists()
+
+
+def test_operations_are_counted():
+    """By hand: a linear map, a depthwise convolution; three forward passes are a step's count."""
+    from experiments import price
+    assert price.forward_flops(lambda: torch.nn.Linear(5, 7), (3, 5)) == 2 * 3 * 5 * 7
+    depthwise = price.forward_flops(lambda: torch.nn.Conv2d(8, 8, 3, padding=1, groups=8),
+                                    (1, 8, 10, 10))
+    assert depthwise == 2 * 8 * 9 * 100
+    config = price.stage_c.PRESETS["paper"]
+    small, large = (price.of_c(config, (side, side)) for side in (12, 24))
+    assert 3.5 < large / small < 5, "four times the positions, and attention grows faster"
+
+
+def test_why_a_backward_pass_is_not_counted():
+    """torch counts the backward of a depthwise convolution many times too high: so 3 x forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        layer, x = torch.nn.Conv2d(64, 64, 3, padding=1, groups=64), torch.randn(1, 64, 8, 8)
+        with FlopCounterMode(display=False) as counter:
+            out = layer(x.requires_grad_())
+            forward = counter.get_total_flops()
+            out.sum().backward()
+    backward = counter.get_total_flops() - forward
+    assert backward > 10 * 2 * forward, (
+        f"backward counts {backward / forward:.1f} forward passes, about 2 are right: if torch "
+        "counts well now, experiments/price.py can use its count")
+
+
+@pytest.mark.slow
+def test_price_of_the_papers_recipe():
+    """E.2 to E.4 in total: what a count by hand gave, and the samples that the phases add up to."""
+    from experiments import price
+    rows = price.paper()
+    learns = {name: row[1] for name, row in rows.items()}
+    assert learns["Stage C, E.3's network"] == pytest.approx(9.5e20, rel=0.01)
+    assert learns["Stage C, released network"] == pytest.approx(2.71e21, rel=0.01)
+    assert learns["Baseline LDM (E.4)"] == pytest.approx(9.1e20, rel=0.01)
+    assert rows["Stage B and compressor (E.2)"][0] == 272_384_000
+    assert rows["Stage C, released network"][0] == 1_349_376_000
+    text = price.report("pocket", {"C": {"eager": {"seconds": 1.8}}})
+    assert "TFLOP" in text and "C, eager: 1.00 hours" in text, text     # 2,000 steps
+
+
+def test_baseline_ldm():
+    """E.4 at paper size has .895 B parameters, the paper says .99; pocket's learns and returns
+    noise of the latent's shape, from every condition.
+    """
+    from experiments.baseline_ldm import LDM, PRESETS
+    with torch.device("meta"):
+        model = LDM(PRESETS["paper"])
+        assert model(torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 77, 1024)).shape == (
+            1, 4, 64, 64)
+    assert sum(one.numel() for one in model.parameters()) == 894_649_616
+    model = LDM(PRESETS["pocket"])
+    torch.nn.init.normal_(model.clf[1].weight)             # zero at init: it would hide the rest
+    x, t, text = torch.randn(2, 4, 32, 32), torch.rand(2), torch.randn(2, 24, 128)
+    first = model(x, t, text)
+    assert first.shape == x.shape
+    assert not torch.allclose(first, model(x, t, text.flip(0))), "the text has no effect"
+    first.square().mean().backward()
+    silent = [name for name, one in model.named_parameters() if one.grad is None]
+    assert not silent, f"no gradient reaches {silent}"
+
+
+@pytest.mark.slow
+def test_rivals_have_their_published_sizes():
+    """diffusers' classes with the settings of SD 2.1 and SDXL: the published models' parameters."""
+    from experiments import efficiency
+    nets, vae = efficiency.rivals(torch.device("meta"))
+    sizes = {name: sum(one.numel() for one in net.parameters()) for name, net in nets.items()}
+    assert sizes == {"SD 2.1": 865_910_724, "SDXL": 2_567_463_684}
+    assert sum(one.numel() for one in vae.parameters()) == 83_653_863
+
+
+def test_small_decoder_sizes():
+    """Appendix D: 3.9 M parameters, 24x24 -> 384 px; pocket: 3x3 -> 96 px."""
+    from experiments.small_decoder import WIDTHS, small_decoder
+    with torch.device("meta"):
+        paper, pocket = (small_decoder(WIDTHS[name]) for name in ("paper", "pocket"))
+        assert paper(torch.zeros(2, 16, 24, 24)).shape == (2, 3, 384, 384)
+        assert pocket(torch.zeros(2, 16, 3, 3)).shape == (2, 3, 96, 96)
+    assert sum(one.numel() for one in paper.parameters()) == 3_858_371
+
+
+@pytest.mark.slow
+def test_small_decoder_command(chain, drawings, tmp_path, capsys):
+    """It learns, is kept, is trained anew for another number of steps, and writes figure, table."""
+    from experiments import small_decoder
+
+    def run(*arguments):
+        small_decoder.main(["--weights", str(chain), "--data", str(drawings), "--batch-size", "8",
+                            "--out", str(tmp_path), "--figure", str(tmp_path / "who.png"),
+                            *arguments])
+        return capsys.readouterr().out
+    text = run("--steps", "3", "--n", "6")
+    assert "| the drawings | 100.0" in text and "| C + small decoder | " in text, text
+    before = (tmp_path / "decoder.pt").read_bytes()
+    (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
+    text = run("--steps", "3", "--prompts", str(tmp_path / "prompts.txt"))
+    assert (tmp_path / "decoder.pt").read_bytes() == before and "% right" not in text, text
+    assert "trained anew" in run("--steps", "2", "--n", "6")
