@@ -1,7 +1,7 @@
 """Another condition than text: Stage C from a class id. docs/add_a_condition.md explains the seam.
 
-    python -m experiments.lab classes stage_c --preset pocket --text-encoder classes --text-width 49
-    python -m experiments.lab classes sample "red star" --weights runs/pocket
+    python -m experiments.lab classes train
+    python -m experiments.lab classes sample "red star" --weights runs/lab/classes
 """
 
 import torch
@@ -10,6 +10,8 @@ import torch.nn as nn
 import stage_c
 from plumbing import text
 from pocket import shapes
+
+WIDTH = 1 + len(shapes.COLOURS) * len(shapes.SHAPES)          # E = 49, a number for each class
 
 
 def class_of(caption):
@@ -26,11 +28,10 @@ class Classes(nn.Module):
 
     def __init__(self):
         super().__init__()
-        width = 1 + len(shapes.COLOURS) * len(shapes.SHAPES)              # E = 49
-        self.register_buffer("table", torch.eye(width))
+        self.register_buffer("table", torch.eye(WIDTH))
 
-    def forward(self, captions):
-        return self.table[[class_of(caption) for caption in captions]][:, None]       # (B, 1, 49)
+    def forward(self, captions):                              # -> (B, 1, 49): one token, one-hot
+        return self.table[[class_of(caption) for caption in captions]][:, None]
 
 
 def use():

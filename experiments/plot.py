@@ -43,8 +43,9 @@ def legends(paths):
     texts = [", ".join(f"{name} {one[name]}" for name in differ if name in one) for one in configs]
     if len(set(texts)) == len(texts) > 1:
         return texts
-    return [", ".join(filter(None, (Path(path).parent.name or str(path), text)))
-            for path, text in zip(paths, texts)]
+    folders = [Path(path).parent.parts for path in paths]
+    return [" ".join([*(part for part in parts if not all(part in one for one in folders)), text])
+            or str(path) for path, parts, text in zip(paths, folders, texts)]
 
 
 def plot(paths, out=None):
