@@ -260,9 +260,9 @@ sheet([("to C", [draw([one], 1, prompts_b=[prompt])[0] for one in texts.values()
 
 # %% [markdown]
 # ## 8. Who draws what
-# Above: one latent of C and three seeds of B; then three latents of C and one seed of B. C
-# decides what is where and how large, B the pixels. Below: C's latent on its way, and what B
-# would draw from it.
+# Above: C's latent on its way, and what B would draw from it. Below: one latent of C and three
+# seeds of B, then three latents of C and one seed of B. C decides what is where and how large, B
+# the pixels.
 
 # %%
 way = []
@@ -272,8 +272,8 @@ seeds_of_b = stage_b.draw_images(chain, latent.expand(3, -1, -1, -1), [prompt] *
 seeds_of_c = stage_b.draw_images(chain, three, [prompt] * 3, [0, 0, 0])
 some = torch.cat([way[i] for i in (0, 14, 29, 44, 52, 59)])
 drawn = stage_b.draw_images(chain, some, [prompt] * 6, [0] * 6)
-sheet([("seeds of B,\nof C", [*seeds_of_b, *seeds_of_c]),
-       ("C's latent", pictures.latent_picture(some)), ("drawn by B", drawn)],
+sheet([("C's latent", pictures.latent_picture(some)), ("drawn by B", drawn),
+       ("3 seeds of B,\n3 of C", [*seeds_of_b, *seeds_of_c])],
       [f"step {i}" for i in (1, 15, 30, 45, 53, 60)], "8_who_draws_what")
 
 # %% [markdown]

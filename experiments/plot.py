@@ -44,8 +44,9 @@ def legends(paths):
     if len(set(texts)) == len(texts) > 1:
         return texts
     folders = [Path(path).parent.parts for path in paths]
-    return [" ".join([*(part for part in parts if not all(part in one for one in folders)), text])
-            or str(path) for path, parts, text in zip(paths, folders, texts)]
+    return [" ".join([*(part for part in parts if not all(part in one for one in folders)),
+                      *[text] * bool(text)]) or str(path)
+            for path, parts, text in zip(paths, folders, texts)]
 
 
 def plot(paths, out=None):
