@@ -83,10 +83,10 @@ def draw(prompts, seed=0, steps=60, guidance=4.0, prompts_b=None, history=None):
 # %%
 sizes = [("picture", 3, 1024), ("Stage A's latent", 4, 256), ("Stage C's latent", 16, 24)]
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-for x, (name, channels, side) in zip((0, 1100, 1430), sizes):
+for x, (name, channels, side) in zip((0, 1250, 1900), sizes):
     left.add_patch(pyplot.Rectangle((x, 0), side, side, color="C0"))
-    left.text(x + side / 2, -40, f"{name}\n{channels} x {side} x {side}", ha="center", va="top")
-left.set(xlim=(-60, 1700), ylim=(-260, 1040), aspect="equal", title="sides, to scale")
+    left.text(x + side / 2, -50, f"{name}\n{channels} x {side} x {side}", ha="center", va="top")
+left.set(xlim=(-60, 2250), ylim=(-330, 1040), aspect="equal", title="sides, to scale")
 left.axis("off")
 numbers = [channels * side ** 2 for _, channels, side in sizes]
 right.barh([name for name, *_ in sizes], numbers)
