@@ -98,10 +98,10 @@ save(figure, "1_sizes")
 
 # %% [markdown]
 # ## 2. What is lost
-# Stage A alone keeps nearly everything at 12 : 1 (f4, in numbers). The compressor keeps 144
-# numbers, 288 bytes as float16: what B draws from them has the right things at the right places,
-# and details that B made up. JPEG's smallest file is larger than that, and shows what it loses as
-# blocks.
+# Stage A's latent has 12 times fewer numbers than the picture. The compressor keeps 144 numbers,
+# 288 bytes as float16: what B draws from them has the right things at the right places, with edges
+# that B made up. JPEG is good at flat drawings: its best quality takes fewer bytes than A's latent.
+# But no JPEG is as small as 288 bytes, and the smallest is farther from the drawing, in blocks.
 
 # %%
 image = images[7:8]
@@ -120,19 +120,19 @@ def as_jpeg(limit):
 
 
 small, small_bytes = as_jpeg(0)
-large, large_bytes = as_jpeg(2 * 4 * 32 * 32)
+large, large_bytes = as_jpeg(2 * 4 * 32 * 32)                 # within the bytes of A's latent
 shown = [image[0], by_a[0], by_b[0], large, small]
-names = ("the drawing", "Stage A", "compressor + B + A", "JPEG", "JPEG, smallest")
+names = ("the drawing", "Stage A", "compressor + B + A", "JPEG, best", "JPEG, smallest")
 sizes = (image.numel(), 2 * 4 * 32 * 32, 2 * 16 * 3 * 3, large_bytes, small_bytes)
-titles = [f"{name}\n{size:,} bytes\n{pictures.psnr(one[None], image):.1f} dB"
-          for name, size, one in zip(names, sizes, shown)]
+titles = [f"{name}\n{size:,} bytes" + f"\n{pictures.psnr(one[None], image):.1f} dB" * (i > 0)
+          for i, (name, size, one) in enumerate(zip(names, sizes, shown))]
 sheet([("", shown)], titles, "2_what_is_lost", side=2)
 
 # %% [markdown]
 # ## 3. Noise
-# x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise. A picture can be seen through more noise
-# than a latent, because its neighbouring pixels are alike and the eye averages them. In C's
-# latent each of the 144 numbers counts, so little is left of it from t = .5 on.
+# x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise. In pixels and in A's latent the objects can
+# still be seen at t = .6, because neighbours are alike and the eye averages them. In C's latent
+# neighbours are not alike: at t = .6 most of what is to be seen is noise.
 
 # %%
 levels = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
@@ -235,8 +235,9 @@ save(figure, "5_p2")
 
 # %% [markdown]
 # ## 6. Guidance and steps
-# One prompt, one seed. Guidance 0 does not know the text, 1 is the model's conditional
-# prediction, 4 is the paper's. The steps are Stage C's; B always takes 12.
+# One prompt, one seed. Guidance 0 does not know the text, 1 is the model's conditional prediction,
+# 4 is the paper's. The steps are Stage C's; B always takes 12. Another number of steps is another
+# picture, because each step adds noise; few steps and much guidance do not go together.
 
 # %%
 rows = [(f"{steps} steps", [draw(captions[:1], 3, steps, guidance)[0]
