@@ -1,4 +1,6 @@
 # make demo      environment, then a PNG of prompts from the small weights in pocket/
+# make lesson    docs/lesson.py: its ten figures into docs/figures/, minutes
+# make notebook  the same as lesson.ipynb, executed
 # make test      the same environment, then the tests that a change should pass: minutes
 # make test-all  all tests; both in two processes of one thread each
 # make pocket    trains pocket weights from nothing: the text tower, A, the compressor, B with that
@@ -6,13 +8,19 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-all pocket clean
+.PHONY: demo lesson notebook test test-all pocket clean
 
 demo: .venv/ready
 	$(BIN)/python sample.py --out demo.png --n 4 \
 	    "a large red circle on a white background" "a blue square on a black background" \
 	    "a yellow star above a purple heart" "a green triangle left of a pink cross"
 	@echo "The pictures are in demo.png: one row for each prompt, four tries."
+
+lesson: .venv/ready-dev
+	MPLBACKEND=Agg $(BIN)/python docs/lesson.py
+
+notebook: .venv/ready-dev
+	$(BIN)/jupytext --to ipynb --execute --output lesson.ipynb docs/lesson.py
 
 test: .venv/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --durations 5

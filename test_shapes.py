@@ -39,6 +39,14 @@ def seeded():
     torch.manual_seed(0)
 
 
+def close(found, expected, what, **tolerance):
+    """assert_close that says `what` is not as expected, with the numbers where they are few."""
+    few = [" ".join(f"{x:.4g}" for x in one.flatten().tolist()) for one in (found, expected)
+           if found.numel() < 9]
+    assert_close(found, expected, **tolerance, msg=lambda said: (
+        f"{what}: found {few[0]}, expected {few[1]}" if few else f"{what}: {said}"))
+
+
 def shake(model, size=0.05):
     """Move every parameter away from its initial value, so that no zero hides a dead path."""
     torch.manual_seed(1)
@@ -58,7 +66,8 @@ def test_parameter_counts(module, name, preset, count):
     """The big presets have exactly the published or derived number of parameters."""
     with torch.device("meta"):
         model = getattr(module, name)(module.PRESETS[preset])
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    found = sum(parameter.numel() for parameter in model.parameters())
+    assert found == count, f"{name}, {preset}: {found:,} parameters, expected {count:,}"
 
 
 def test_paper_shapes_on_meta():
@@ -91,7 +100,7 @@ def test_shapes_end_to_end(batch):
     assert a.decode(latents).shape == images.shape
     compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])
     sem = compressor(semantic_compressor.resize(images))
-    assert sem.shape == (batch, 16, 3, 6)
+    assert sem.shape == (batch, 16, 3, 6), f"128x256 px give a grid of {tuple(sem.shape[2:])}"
     factor = images.shape[2] / sem.shape[2]
     assert factor == images.shape[3] / sem.shape[3] == pytest.approx(42.67, abs=0.01)
     text, t = torch.randn(batch, *TEXT), torch.rand(batch)
@@ -105,7 +114,7 @@ def test_compressor_input_size():
     compressor.eval()
     assert compressor(torch.rand(1, 3, 768, 96)).shape == (1, 16, 24, 3)
     assert compressor.backbone(torch.rand(1, 3, 786, 96)).shape[2] == 25
-    with pytest.raises(ValueError, match="786"):
+    with pytest.raises(ValueError, match="786"):        # else: the misprint's size goes unnoticed
         compressor(torch.rand(1, 3, 786, 96))
     with pytest.raises(ValueError, match="multiples of 128"):
         semantic_compressor.resize(torch.rand(1, 3, 100, 128))
@@ -141,19 +150,21 @@ def test_every_parameter_has_a_gradient(prediction):
     stage_c.loss(c, torch.randn(4, 16, 3, 5), text)[0].backward()
     for model in (a, b, compressor, c):
         for name, parameter in model.named_parameters():
-            assert parameter.grad is not None, name
+            assert parameter.grad is not None, f"{name} is made but takes no part in the output"
             # a bias on all keys shifts every attention score alike: its true gradient is zero
-            assert parameter.grad.abs().max() > 0 or name.endswith("to_k.bias"), name
+            assert parameter.grad.abs().max() > 0 or name.endswith("to_k.bias"), (
+                f"{name} has a gradient of zero: what it makes is multiplied away")
 
 
 def test_initial_outputs():
     """At init eps_hat is x_t / (1 + 1e-5) in Stage C (§3.2), 2 x_t in Stage B (released head);
     with prediction v, v_hat is 0, so that x_0_hat is sqrt(alpha_bar) x_t."""
     x, t, text = torch.randn(2, 16, 3, 5), torch.rand(2), torch.randn(2, *TEXT)
-    assert_close(stage_c.StageC(TINY_C)(x, t, text), x / (1 + 1e-5))
+    close(stage_c.StageC(TINY_C)(x, t, text), x / (1 + 1e-5), "C's eps_hat at init is not x_t")
     x = torch.randn(2, 4, 16, 32)
     sem = torch.randn(2, 16, 3, 6)
-    assert_close(stage_b.StageB(replace(TINY_B, prediction="released"))(x, t, sem, text), 2 * x)
+    model = stage_b.StageB(replace(TINY_B, prediction="released"))
+    close(model(x, t, sem, text), 2 * x, "B's eps_hat at init is not 2 x_t")
     a = stage_b.alpha_bar(t).view(-1, 1, 1, 1)
     eps_hat = stage_b.StageB(replace(TINY_B, prediction="v"))(x, t, sem, text)
     assert_close((x - (1 - a).sqrt() * eps_hat) / a.sqrt(), a.sqrt() * x, atol=1e-4, rtol=1e-4)
@@ -170,25 +181,23 @@ def test_prediction_v():
         a = stage_b.alpha_bar(t[:1])
         eps_hat = model(x, t, sem, text)
         x_0_hat = (x - (1 - a).sqrt() * eps_hat) / a.sqrt()
-        assert_close(found[-1], a.sqrt() * eps_hat - (1 - a).sqrt() * x_0_hat,
-                     atol=1e-3, rtol=1e-3)
-    t, change = torch.ones(2), []
-    for level in (0.5, 1.0):
-        model(x, level * t, sem, text)
-        model(-x, level * t, sem, text)
-        change.append((found[-1] - found[-2]).abs().max())
-    assert change[1] < 0.4 * change[0]                  # 1.4 times it if x_t is not turned down
+        close(found[-1], a.sqrt() * eps_hat - (1 - a).sqrt() * x_0_hat, atol=1e-3, rtol=1e-3,
+              what=f"eps_hat at t = {level} is not that of v_hat")
+    there_and_back = [[model(sign * x, level * torch.ones(2), sem, text), found[-1]][1]
+                      for level in (0.5, 1.0) for sign in (1, -1)]
+    half, full = ((there_and_back[i] - there_and_back[i + 1]).abs().max() for i in (0, 2))
+    assert full < 0.4 * half, "x_t is not turned down near t = 1: it would change v_hat 1.4 times"
 
 
 def test_zero_initialised_branches_are_the_identity():
     """Stage A's block, GlobalResponseNorm and TimestepBlock return their input at init."""
     x = torch.randn(2, 8, 5, 7)
-    assert_close(stage_a.ResBlock(8, 16)(x), x)
+    close(stage_a.ResBlock(8, 16)(x), x, "Stage A's block changes its input at init")
     block = stage_c.StageC(TINY_C).blocks[1]
     x = torch.randn(2, 32, 3, 5)
-    assert_close(block(x, torch.randn(2, 64)), x)
+    close(block(x, torch.randn(2, 64)), x, "the noise level changes the features at init")
     x = torch.randn(2, 5, 7, 8)
-    assert_close(stage_c.GlobalResponseNorm(8)(x), x)
+    close(stage_c.GlobalResponseNorm(8)(x), x, "GlobalResponseNorm changes its input at init")
 
 
 def test_text_matters_after_one_step():
@@ -198,12 +207,12 @@ def test_text_matters_after_one_step():
     for model, x, more in ((stage_c.StageC(TINY_C), torch.randn(2, 16, 3, 3), ()),
                            (stage_b.StageB(TINY_B), torch.randn(2, 4, 16, 16), (sem,))):
         module = stage_c if more == () else stage_b
-        assert_close(model(x, t, *more, text), model(x, t, *more, text.flip(0)))
+        close(model(x, t, *more, text), model(x, t, *more, text.flip(0)), "text counts at init")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         module.loss(model, x, *more, text)[0].backward()
         optimizer.step()
-        assert not torch.allclose(model(x, t, *more, text), model(x, t, *more, text.flip(0)),
-                                  atol=1e-6)
+        change = (model(x, t, *more, text) - model(x, t, *more, text.flip(0))).abs().max().item()
+        assert change > 1e-6, f"another text changes the output of {type(model).__name__} by 0"
 
 
 def test_ab_head():
@@ -211,7 +220,7 @@ def test_ab_head():
     x, a = torch.tensor([3.0, 3.0, 3.0, -1.0]), torch.tensor([0.0, 1.0, 1.0, 1.0])
     b = torch.tensor([0.0, 0.5, 1.5, 3.0])
     expected = torch.tensor([3 / 1.00001, 2 / 0.50001, 2 / 0.50001, -2 / 2.00001])
-    assert_close(stage_c.ab_to_eps(x, a, b), expected)
+    close(stage_c.ab_to_eps(x, a, b), expected, "eps_hat for B = 0, .5, 1.5, 3")
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
     assert_close(stage_c.ab_to_eps(one, zero, one), torch.tensor(1e5))
 
@@ -219,10 +228,10 @@ def test_ab_head():
 def test_p2_weight():
     """p2 at t = .25, .5, .75: (1 - a) / (1 + a) as in §3.2, 1 - a as released, 1 for none."""
     t = torch.tensor([0.25, 0.5, 0.75])
-    assert_close(stage_c.p2_weight(t), torch.tensor([0.0832, 0.3387, 0.7477]), atol=1e-3, rtol=0)
-    assert_close(stage_c.p2_weight(t, "released"), torch.tensor([0.1535, 0.5060, 0.8556]),
-                 atol=1e-3, rtol=0)
-    assert_close(stage_c.p2_weight(t, "none"), torch.ones(3))
+    for form, expected in (("paper", [0.0832, 0.3387, 0.7477]), ("none", [1.0, 1.0, 1.0]),
+                           ("released", [0.1535, 0.5060, 0.8556])):
+        close(stage_c.p2_weight(t, form), torch.tensor(expected), f"p2 of form {form!r} at t = .25,"
+              " .5, .75", atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="paper, released or none"):
         stage_c.p2_weight(t, "p3")
 
@@ -234,7 +243,7 @@ def test_loss_is_weighted_by_p2():
             return torch.zeros_like(x_t)
     x_0, noise, t = torch.zeros(2, 16, 3, 3), torch.ones(2, 16, 3, 3), torch.tensor([0.25, 0.75])
     value, _, error = stage_c.loss(Fixed(), x_0, None, t, noise, p2="paper")
-    assert_close(value, stage_c.p2_weight(t).mean())         # the error is 1 everywhere
+    close(value, stage_c.p2_weight(t).mean(), "the loss of two samples with an error of 1 each")
     assert_close(error, torch.ones(2))                       # and the errors are not weighted
 
 
@@ -259,15 +268,17 @@ def test_schedule(module):
     """alpha_bar falls from .9999 to .0001, flat at the clamp; noised variance is 1; draw_t fits."""
     t = torch.linspace(0, 1, 1001)
     a = module.alpha_bar(t)
-    assert a[0] == pytest.approx(0.9999) and a[-1] == pytest.approx(1e-4)
+    close(a[[0, -1]], torch.tensor([0.9999, 1e-4]), "alpha_bar at t = 0 and 1")
     assert (a.diff() <= 0).all() and (a[10:-10].diff() < 0).all()
     assert_close(module.alpha_bar(torch.tensor([0.5])), torch.tensor([0.4939]), atol=1e-3, rtol=0)
     torch.manual_seed(0)
     x_0, noise, t = torch.randn(64, 4, 16, 16), torch.randn(64, 4, 16, 16), torch.rand(64)
-    assert module.diffuse(x_0, t, noise).var().item() == pytest.approx(1, abs=0.02)
+    variance = module.diffuse(x_0, t, noise).var()
+    close(variance, torch.tensor(1.0), "x_t's variance", atol=0.02, rtol=0)
     drawn = module.draw_t(200_000)
     assert 0.001 <= drawn.min() < 0.002 and drawn.max() == 1 and drawn.dtype == torch.float32
-    assert (drawn == 1).float().mean().item() == pytest.approx(0.075, abs=0.002)
+    share = (drawn == 1).float().mean()
+    close(share, torch.tensor(0.075), "share of t = 1, where sampling starts", atol=2e-3, rtol=0)
 
 
 class Oracle(nn.Module):
@@ -294,7 +305,7 @@ def test_sampler_oracle(module, steps):
     more = (torch.zeros(2, 16, 3, 3),) if module is stage_b else ()
     out = module.ddpm_sample(Oracle(module, x_0), x_0.shape, *more, text, *more, text[:1],
                              steps=steps, guidance=1)
-    assert_close(out, x_0, atol=0.05, rtol=0)
+    close(out, x_0, "the sampler does not end at x_0, though eps_hat is exact", atol=0.05, rtol=0)
 
 
 class Conditional(nn.Module):
@@ -322,10 +333,10 @@ def test_guidance(module):
         return module.ddpm_sample(Conditional(), shape, *more, text, *more, null, 3, guidance, x=x,
                                   generator=torch.Generator().manual_seed(0))
     conditional, unconditional = end(text, null, 1), end(null.expand(2, -1, -1), null, 1)
-    assert_close(end(text, null, 1.0 + 1e-9), conditional, atol=1e-5, rtol=1e-5)
-    assert_close(end(text, null, 0), unconditional, atol=1e-5, rtol=1e-5)
-    strong = end(text, null, 4)
-    assert_close(strong, unconditional + 4 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
+    for guidance in (1.0 + 1e-9, 0, 4):
+        strong = end(text, null, guidance)
+        close(strong, unconditional + guidance * (conditional - unconditional), atol=1e-4,
+              rtol=1e-4, what=f"guidance {guidance:.0f} is not null + w (conditional - null)")
     assert (strong - unconditional).abs().amin((0, 2, 3)).min() > 0.01    # no channel left out
 
 
@@ -341,7 +352,7 @@ def test_vq_is_the_nearest_code(dtype):
     quantised, indices, _ = a.quantize(latents)
     rows = latents.permute(0, 2, 3, 1).reshape(-1, 1, 4)
     distances = (rows.double() - codes.double()).square().sum(2)          # (B*h*w, K)
-    assert_close(indices.flatten(), distances.argmin(1))
+    close(indices.flatten(), distances.argmin(1), "the code chosen is not the nearest")
     assert_close(quantised, codes[indices].permute(0, 3, 1, 2), atol=4 * torch.finfo(dtype).eps,
                  rtol=0)
 
@@ -354,7 +365,8 @@ def test_vq_gradients(dtype):
     latents = torch.zeros(1, 4, 1, 1, dtype=dtype, requires_grad=True)
     quantised, _, vq_loss = a.quantize(latents)
     quantised.sum().backward()
-    assert_close(latents.grad, torch.ones_like(latents))
+    assert latents.grad is not None, "no gradient passes the quantiser: is it straight-through?"
+    close(latents.grad, torch.ones_like(latents), "straight-through gradient")
     latents.grad = None
     a.quantize(latents)[2].backward()               # mean over 4 of (0 - 2)^2: derivative 2 * 2 / 4
     assert latents.grad.flatten().tolist() == [-0.25] * 4, "commitment is not .25 * (z - code)^2"
@@ -393,8 +405,9 @@ def test_quantisation_drop():
     images = torch.rand(2, 3, 16, 16)
     _, found = stage_a.loss(a, images, drop=torch.tensor([True, False]))
     latents = a.encode(images)
-    assert_close(found["decoded"][0], a.decode(latents)[0].detach())
-    assert_close(found["decoded"][1], a.decode(a.quantize(latents)[0])[1].detach())
+    close(found["decoded"][0], a.decode(latents)[0].detach(), "a dropped sample is quantised")
+    close(found["decoded"][1], a.decode(a.quantize(latents)[0])[1].detach(), "a sample that is not"
+          " dropped skips the quantiser")
     assert not torch.allclose(found["decoded"][1], a.decode(latents)[1])
     assert stage_a.PRESETS["paper"].quantise_drop == 0.1
 
@@ -408,7 +421,8 @@ def test_codebook_does_not_collapse():
     usage = stage_a.CodeUsage(512)
     usage.revive(a.vquantizer.embedding.weight, latents)
     after = a.quantize(latents)[1].unique().numel()
-    assert before < 0.3 * 512 and after > 0.8 * 512
+    assert before < 0.3 * 512 < 0.8 * 512 < after, (
+        f"of 512 codes {before} are used at init and {after} after a revival, expected most")
     kept = a.vquantizer.embedding.weight.clone()
     usage.used[:] = True
     usage.revive(a.vquantizer.embedding.weight, latents)
@@ -421,9 +435,9 @@ def test_hinge_loss():
         def forward(self, images):
             return images.mean((1, 2, 3))
     real, fake = torch.full((2, 3, 4, 4), 2.0), torch.full((2, 3, 4, 4), -2.0)
-    assert stage_a.discriminator_loss(Judge(), real, fake) == 0
-    assert stage_a.discriminator_loss(Judge(), fake, real) == 3
-    assert stage_a.discriminator_loss(Judge(), 0 * real, 0 * fake) == 1
+    for one, other, expected in ((real, fake, 0.0), (fake, real, 3.0), (0 * real, 0 * fake, 1.0)):
+        close(stage_a.discriminator_loss(Judge(), one, other), torch.tensor(expected),
+              f"logits {one.mean():.0f} of real and {other.mean():.0f} of decoded patches cost")
 
 
 def test_discriminator_sends_gradients():
@@ -441,15 +455,15 @@ def test_discriminator_sends_gradients():
     without, with_judge = gradient(None), gradient(judge)
     a.zero_grad()
     (-judge(a.decode(a.quantize(a.encode(images))[0])).mean()).backward()
-    assert_close(with_judge - without, TINY_A.adversarial_weight * weight.grad,
-                 atol=1e-6, rtol=1e-2)
+    close(with_judge - without, TINY_A.adversarial_weight * weight.grad, atol=1e-6, rtol=1e-2,
+          what="the decoder's gradient does not lead towards what the discriminator calls real")
     assert weight.grad.abs().max() > 0
 
 
 def test_standardise():
     """standardise and unstandardise are inverse and have the published constants."""
     a, z = stage_a.StageA(replace(TINY_A, latent_mean=0.2, latent_std=0.3764)), torch.randn(9)
-    assert_close(a.standardise(torch.tensor([0.5764])), torch.tensor([1.0]))
+    close(a.standardise(torch.tensor([0.5764])), torch.tensor([1.0]), "(.5764 - .2) / .3764")
     assert_close(a.unstandardise(a.standardise(z)), z)
     with torch.device("meta"):
         compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["released"])
@@ -478,11 +492,11 @@ def test_drop_and_noise():
         no_sem, no_text = (out == 0).flatten(), (words == 0).flatten()
         noised = ~no_sem & (out != 1).flatten()
         shares = [no_sem & no_text, no_text & ~no_sem, no_sem & ~no_text, noised, noised & no_text]
-        assert_close(torch.tensor([share.float().mean() for share in shares]),
-                     torch.tensor(expected), atol=0.008, rtol=0)
+        close(torch.tensor([share.float().mean() for share in shares]), torch.tensor(expected),
+              "shares without both, text, sem; noised; noised and textless", atol=0.008, rtol=0)
     clean = replace(stage_b.PRESETS["released"], noise_sem=0.0)
     out, _ = stage_b.drop_and_noise(42 * sem - 1, text, null, clean, (-1.0, 42.0))
-    assert set(out.unique().tolist()) == {0.0, 41.0}
+    close(out.unique(), torch.tensor([0.0, 41.0]), "dropped and kept sem of value 41, raw")
     out, _ = stage_b.drop_and_noise(5 + 3 * torch.randn(n, 1, 1, 1), text, null, paper)
     kept = out[out != 0]                                # without a scale: the batch's own
     assert abs(kept.mean()) < 0.02 and abs(kept.std() - 1) < 0.02
@@ -494,7 +508,9 @@ def test_drop_text():
     text, null = torch.ones(20_000, 2, 3), torch.zeros(1, 2, 3)
     out = stage_c.drop_text(text, null, 0.05)
     assert out.flatten(1).std(1).max() == 0                   # whole captions, never parts
-    assert (out[:, 0, 0] == 0).float().mean().item() == pytest.approx(0.05, abs=0.006)
+    share = (out[:, 0, 0] == 0).float().mean().item()
+    assert share == pytest.approx(0.05, abs=0.006), (
+        f"{share:.1%} of 20,000 texts are dropped, expected about 5 %, each by itself")
 
 
 def test_overfit_a():

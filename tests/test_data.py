@@ -215,7 +215,8 @@ def test_resume_across_an_epoch_border(shards, workers):
         rest = take(data.stream(dataset, 5, seed=7, position=whole[stopped]["position"],
                                 workers=workers), 3)
         for one, other in zip(whole[stopped + 1:], rest):
-            assert one["keys"] == other["keys"] and one["position"] == other["position"]
+            assert one["keys"] == other["keys"] and one["position"] == other["position"], (
+                f"after {stopped + 1} batches the run goes on with other samples than without stop")
             torch.testing.assert_close(one["images"], other["images"], rtol=0, atol=0)
 
 
@@ -238,7 +239,8 @@ def test_ranks_share_the_global_batch(shards):
     one = take(data.stream(dataset, 6, seed=1), 5)
     two = [take(of_rank(rank, 2, data.stream(dataset, 3, seed=1)), 5) for rank in (0, 1)]
     for whole, left, right in zip(one, *two):
-        assert whole["indices"] == left["indices"] + right["indices"]
+        assert whole["indices"] == left["indices"] + right["indices"], (
+            "two processes do not see the two halves of the batch that one process sees")
         assert not set(left["keys"]) & set(right["keys"])
         assert whole["position"] == left["position"] == right["position"]
 

@@ -1,11 +1,13 @@
 """The code of the experiments."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from plumbing.cli import UsageError
 from pocket import shapes
 from tests.common import command
 
@@ -191,3 +193,88 @@ def test_small_decoder_command(chain, drawings, tmp_path, capsys):
     text = run("--steps", "3", "--prompts", str(tmp_path / "prompts.txt"))
     assert (tmp_path / "decoder.pt").read_bytes() == before and "% right" not in text, text
     assert "trained anew" in run("--steps", "2", "--n", "6")
+
+
+def test_classes_in_place_of_captions(chain, drawings, tmp_path, monkeypatch, capsys):
+    """Stage C trains on class ids and draws from a checkpoint that names them; 0 is no caption."""
+    import sample
+    import stage_c
+    from experiments import classes
+    from plumbing import text
+    from test_shapes import TINY_C
+    for module in (text, stage_c):                     # `use` replaces these two: put them back
+        monkeypatch.setattr(module, "text_encoder", module.text_encoder)
+    classes.use()
+    captions = ["a large red star above a blue circle", "red star", "a blue circle", ""]
+    found = classes.Classes()(captions)
+    assert found.shape == (4, 1, classes.WIDTH) and (found.sum(-1) == 1).all()
+    same = [torch.equal(found[0], one) for one in found]
+    assert same == [True, True, False, False], "the class is not colour and shape of the first"
+    assert found[3, 0, 0] == 1, "the empty caption is not class 0"
+    config = dataclasses.replace(TINY_C, text_encoder="classes", text_width=classes.WIDTH)
+    stages = [chain / f"stage_{stage}/checkpoint.pt" for stage in "ab"]
+    stage_c.train(config, drawings, tmp_path / "stage_c", *stages)
+    loaded = sample.load_chain(*stages, tmp_path / "stage_c/checkpoint.pt")
+    one, other = (sample.draw_latents(loaded, [prompt], [0], 128, 128, steps=2)
+                  for prompt in ("red star", "blue circle"))
+    assert one.shape == (1, 16, 3, 3) and not torch.equal(one, other), "the class changes nothing"
+
+
+def test_plot(tmp_path):
+    """Logs of several trainings become one picture; its legend says what differs."""
+    from experiments import plot
+    for lr in (0.1, 0.2):
+        folder = tmp_path / f"{lr}/stage_c"
+        folder.mkdir(parents=True)
+        (folder / "log.jsonl").write_text("".join(json.dumps(
+            {"step": step, "mse_by_t": [lr / step, None, 1, 2]}) + "\n" for step in (1, 2)))
+    paths = sorted(tmp_path.glob("*/stage_c/log.jsonl"))
+    assert plot.legends(paths) == ["0.1", "0.2"], "without checkpoints: the folders that differ"
+    for lr, path in zip((0.1, 0.2), paths):
+        torch.save({"config": {"lr": lr, "width": 8}}, path.with_name("checkpoint.pt"))
+    assert plot.legends(paths) == ["lr 0.1", "lr 0.2"]
+    figure = plot.plot(paths, tmp_path / "curves.png")
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[0.1, 0.05], [0.2, 0.1]]
+    assert len(figure.axes) == 4 and (tmp_path / "curves.png").stat().st_size > 1000
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\n')
+    with pytest.raises(UsageError, match="log of Stage B or C"):
+        plot.read(tmp_path / "log.jsonl")
+
+
+def test_lab_changes_what_it_names(monkeypatch):
+    """Each change of experiments/lab.py is the formula that its docstring says."""
+    import semantic_compressor
+    import stage_c
+    from experiments import lab
+    from plumbing import text
+    from test_shapes import TINY_C
+    for owner, name in ((stage_c, "ab_to_eps"), (stage_c, "StageC"), (stage_c, "p2_weight"),
+                        (stage_c, "alpha_bar"), (text.TextEncoder, "forward"),
+                        (semantic_compressor.SemanticCompressor, "standardise")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))            # put back at the end
+    x, t = torch.randn(2, 16, 3, 3), torch.tensor([0.2, 0.9])
+    lab.min_snr()
+    snr = stage_c.alpha_bar(t) / (1 - stage_c.alpha_bar(t))
+    assert torch.allclose(stage_c.p2_weight(t), snr.clamp(max=5) / snr)
+    lab.v()
+    a_bar = stage_c.alpha_bar(t).view(-1, 1, 1, 1)
+    found = stage_c.StageC(TINY_C)(x, t, torch.randn(2, 24, 128))
+    assert torch.allclose(found, (1 - a_bar).sqrt() * x), "v_hat is not 0 at init"
+    assert torch.equal(stage_c.ab_to_eps(x, x + 1, x + 2), x + 2), "the head eps is not B"
+    lab.linear()
+    assert stage_c.alpha_bar(torch.tensor([0.25, 1.0])).tolist() == pytest.approx([0.75, 1e-4])
+    lab.four()
+    net = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])
+    assert torch.equal(net.standardise(x)[:, :4], x[:, :4]) and not net.standardise(x)[:, 4:].any()
+
+
+def test_shuffled_captions(encoder, monkeypatch):
+    """A shuffled caption has the same words, always in the same order, and mostly another one."""
+    from experiments import lab
+    monkeypatch.setattr(type(encoder), "tokens", lambda self, captions: seen.append(captions[0]))
+    monkeypatch.setattr(type(encoder), "forward", lambda self, captions: self.tokens(captions))
+    seen, caption = [], "a red star above a blue circle"
+    lab.shuffled()
+    for _ in range(2):
+        encoder([caption])
+    assert seen[0] == seen[1] != caption and sorted(seen[0].split()) == sorted(caption.split())

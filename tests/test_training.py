@@ -32,7 +32,7 @@ def test_ema():
         model.weight.fill_(2.0), model.running_mean.fill_(5.0), ema.weight.fill_(1.0)
     training.ema_update(ema, model, 0, 0.999)
     assert_close(ema.weight, torch.tensor([1.9]))             # decay 0.1
-    assert ema.running_mean.item() == 5
+    assert ema.running_mean.item() == 5, "the average's BatchNorm statistics are not the model's"
     training.ema_update(ema, model, 10 ** 6, 0.999)
     assert_close(ema.weight, torch.tensor([1.9001]))
 
@@ -40,7 +40,8 @@ def test_ema():
 def test_learning_rate():
     """Linear warm-up, then constant, then (with a cooldown) linear decay to the last step."""
     config = replace(TINY_C, lr=1.0, warmup=10, steps=100, cooldown=0)
-    assert [training.learning_rate(step, config) for step in (0, 9, 50, 99)] == [0.1, 1, 1, 1]
+    rates = [training.learning_rate(step, config) for step in (0, 9, 50, 99)]
+    assert rates == [0.1, 1, 1, 1], f"of a warm-up of 10 steps, steps 0, 9, 50, 99 have {rates}"
     config = replace(config, cooldown=50)
     assert [training.learning_rate(step, config) for step in (50, 75, 99)] == [1, 0.5, 0.02]
 
