@@ -7,7 +7,6 @@
 A row is applied to a copy of the project in a temporary folder; the files here stay as they are.
 """
 
-import argparse
 import ast
 import os
 import re
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from plumbing import cli
 from plumbing.cli import ROOT, UsageError
 
-NEEDED = ("plumbing", "pocket", "published", "tests", "tools")        # what the tests import
+NEEDED = ("plumbing", "pocket", "published", "sources", "tests", "tools")    # what tests import
 
 
 @dataclass
@@ -126,8 +125,8 @@ ROWS = {
     # ---- Stage B and the compressor
     "v": Row("stage_b.py", "return (1 - a_bar).sqrt() * x_t", "return a_bar.sqrt() * x_t",
              "test_prediction_v", "the part of eps_hat that x_t gives is off at every t but .5"),
-    "v-loss": Row("stage_b.py", "(error / alpha_bar(t)).mean()", "error.mean()",
-                  "test_stage_b_loss", "v's error is weighted by alpha_bar: nothing at t = 1"),
+    "v-loss": Row("stage_b.py", "(weight * error).mean()", "error.mean()",
+                  "test_stage_b_weight", "the error is that of eps: hardly any at t = 1"),
     "skips": Row("stage_b.py", "torch.cat([y, *skips], dim=1)",
                  "torch.cat([y, *[0 * one for one in skips]], dim=1)",
                  "test_every_parameter_has_a_gradient",
@@ -234,7 +233,7 @@ def page():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, **cli.STYLE)
+    parser = cli.Parser(__doc__)
     parser.add_argument("row", nargs="?", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--all", action="store_true", help="every row")
     parser.add_argument("--page", action="store_true", help="write the table of docs/break_it.md")

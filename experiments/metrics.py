@@ -19,7 +19,6 @@ A distance depends on how many pictures there are. So each is printed with n and
 the distance between two halves of the reference. Under 500 pictures it says little.
 """
 
-import argparse
 import io
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ import semantic_compressor
 from experiments import study
 from plumbing import checkpoint, cli, training
 from plumbing.cli import UsageError
-from plumbing.tars import IMAGE_SUFFIXES
+from sources.tars import PICTURES
 
 SIDES = {"pocket": 128, "inception": 256}      # of the pictures that are compared, in pixels
 FEW = 500                                      # pictures
@@ -102,7 +101,7 @@ def network(name, device):
 def files_in(folder):
     """The pictures of a folder, sorted. Raises UsageError."""
     found = sorted(path for path in Path(folder).glob("*")
-                   if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES)
+                   if path.suffix.lower().lstrip(".") in PICTURES)
     if len(found) < 4:
         raise UsageError(f"{folder}: found {len(found)} pictures, expected a folder of at least 4")
     if len(found) < FEW:
@@ -205,8 +204,7 @@ def robustness(net, files, real, settings, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="the reference, then others")
     parser.add_argument("--features", choices=SIDES, default="pocket")
     parser.add_argument("--text", action="store_true", help="CLIP score and PickScore, too")

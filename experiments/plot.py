@@ -6,7 +6,6 @@ Logs of Stages B and C (Stage A has no noise levels). The legend names what diff
 that the checkpoint beside each log keeps, or the folders where nothing does. Needs matplotlib.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -71,7 +70,7 @@ def plot(paths, out=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, **cli.STYLE)
+    parser = cli.Parser(__doc__)
     parser.add_argument("logs", nargs="+", metavar="LOG", help="log.jsonl of one or more trainings")
     parser.add_argument("--out", default="curves.png", metavar="PNG", help="(curves.png)")
     settings = parser.parse_args()

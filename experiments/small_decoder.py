@@ -15,7 +15,6 @@ Then it writes
     table    prompts right, as prompt_accuracy.py judges them; with --prompts there is none
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -146,8 +145,7 @@ def figure(chain, decoder, prompts, scenes, rows=6):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--weights", default="pocket")
     add("--preset", choices=WIDTHS, default="pocket", help="of the small decoder")

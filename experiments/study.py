@@ -20,7 +20,6 @@ judge   Table 1's form with the checker of prompt_accuracy.py in place of PickSc
         picture with more of the prompt right. It knows nothing of taste, and no person voted.
 """
 
-import argparse
 import json
 import secrets
 from pathlib import Path
@@ -34,11 +33,12 @@ from tqdm import tqdm
 
 import sample
 from experiments import prompt_accuracy as checker
-from plumbing import cli, pictures, training
+from plumbing import cli, training
 from plumbing.cli import UsageError
 from pocket import shapes
 
 PAGE = Path(__file__).with_name("study.html")
+HOW = ("size", "steps_c", "guidance_c", "negative", "steps_b", "guidance_b", "start")
 
 
 def read(path):
@@ -80,16 +80,17 @@ def draw(settings):
     (out / "about.json").write_text(about, "utf-8")
     (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), "utf-8")
     if not settings.real:
-        chain = sample.load_chain(**sample.find(settings.weights), clip=settings.clip,
-                                  device=device)
+        paths = sample.find(settings.weights, a=settings.stage_a, b=settings.stage_b,
+                            c=settings.stage_c, compressor=settings.compressor)
+        chain = sample.load_chain(**paths, clip=settings.clip, device=device)
         settings.size = settings.size or (chain.c.config.image_size,) * 2
     left = [i for i in range(len(prompts)) if not (out / f"{i:05d}.png").exists()]
     for first in tqdm(range(0, len(left), settings.batch_size), unit="batch"):
         some = left[first:first + settings.batch_size]
         drawn = ([shapes.render(scenes[i], (settings.size or (128,))[0]) for i in some]
-                 if settings.real else map(pictures.to_pil, sample.draw(
-                     chain, [prompts[i] for i in some], [settings.seed + i for i in some],
-                     settings)))
+                 if settings.real else
+                 chain.draw([prompts[i] for i in some], [settings.seed + i for i in some],
+                            **{name: getattr(settings, name) for name in HOW}))
         for i, picture in zip(some, drawn):
             picture.save(out / f"{i:05d}.png")
 
@@ -188,8 +189,7 @@ def judge(first, second):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="draw|make|count|judge")
     one = commands.add_parser("draw", parents=[sample.options()], add_help=False)
     one.add_argument("--scenes", type=int, default=0, help="prompts of the drawings' grammar")

@@ -35,7 +35,7 @@ class UsageError(ValueError):
 class Parser(argparse.ArgumentParser):
     """Of any command: numbers in RANGES; what the console's encoding lacks is printed as ?."""
 
-    def __init__(self, description, **more):
+    def __init__(self, description=None, **more):
         super().__init__(
             description=description, usage=argparse.SUPPRESS, **more,    # a line for an option
             formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=160,
