@@ -387,8 +387,8 @@ def to_float(batch, device="cpu"):
     """Bytes are sent, a quarter of the traffic; floats in [0, 1] are made of them on `device`."""
     images = batch.get("images")
     if images is not None:                                                           # (B, C, H, W)
-        images = images.to(device, non_blocking=True)
-        batch["images"] = images.float() / (255 if images.dtype == torch.uint8 else 1)
+        most = 255 if images.dtype == torch.uint8 else 1
+        batch["images"] = images.to(device, non_blocking=True).float() / most
     return batch
 
 

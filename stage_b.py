@@ -167,7 +167,7 @@ class GlobalResponseNorm(nn.Module):
         # x.norm in parts, many times faster on a CPU; 1e-12 because sqrt has no gradient at 0
         energy = ((x * x).sum((1, 2), keepdim=True, dtype=torch.float32) + 1e-12).sqrt()
         share = energy / (energy.mean(-1, keepdim=True) + 1e-6)           # (B, 1, 1, C)
-        # in bf16 where x is: in float32 these 4c wide tensors would be half of all that is kept
+        # in bf16 where x is: with these in float32 training would keep a third more activations
         gamma, beta, share = (one.to(x.dtype) for one in (self.gamma, self.beta, share))
         return gamma * (x * share) + beta + x
 

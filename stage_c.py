@@ -82,16 +82,14 @@ class Config:
 PRESETS = {
     "paper": Config(),
     # the later runs of E.3, by --init-from; warmup: ours, short, as each has a new optimizer
-    # and micro-batches: ours, for a card of 40 GB. Estimated GiB: 32, 28, 32, 30 (docs/gpu.md)
-    "paper-2": Config(image_size=1024, steps=364_000, batch_size=32, accumulate=48,    # 1536
-                      warmup=500),
-    "paper-3": Config(image_size=1024, steps=4_000, batch_size=16, accumulate=48,      # 768
-                      warmup=500, sizes=("768x1280", "1280x768", "768x768")),
-    "paper-4": Config(image_size=1024, steps=50_000, batch_size=32, accumulate=12,     # 384
-                      warmup=500),
+    # and micro-batches: ours, of the paper's 1536, 768, 384; estimated 32, 28, 32 GiB, released 30
+    "paper-2": Config(image_size=1024, steps=364_000, batch_size=32, accumulate=48, warmup=500),
+    "paper-3": Config(image_size=1024, steps=4_000, batch_size=16, accumulate=48, warmup=500,
+                      sizes=("768x1280", "1280x768", "768x768")),
+    "paper-4": Config(image_size=1024, steps=50_000, batch_size=32, accumulate=12, warmup=500),
     "released": Config(                # official v2 weights: 993,636,896 parameters, CLIP-bigG text
         width=1536, depth=32, heads=24, text_width=1280, text_encoder="clip-bigg", p2="released",
-        batch_size=16, accumulate=96),                                                 # 1536
+        batch_size=16, accumulate=96),
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         width=192, depth=4, heads=6, text_width=128, dropout=0.0, text_encoder="pocket",
         image_size=128, remember=True, steps=2000, batch_size=128, accumulate=1, lr=4e-3,
@@ -158,7 +156,7 @@ class GlobalResponseNorm(nn.Module):
         # x.norm in parts, many times faster on a CPU; 1e-12 because sqrt has no gradient at 0
         energy = ((x * x).sum((1, 2), keepdim=True, dtype=torch.float32) + 1e-12).sqrt()
         share = energy / (energy.mean(-1, keepdim=True) + 1e-6)           # (B, 1, 1, C)
-        # in bf16 where x is: in float32 these 4c wide tensors would be half of all that is kept
+        # in bf16 where x is: with these in float32 training would keep a third more activations
         gamma, beta, share = (one.to(x.dtype) for one in (self.gamma, self.beta, share))
         return gamma * (x * share) + beta + x
 
