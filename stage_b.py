@@ -526,7 +526,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
     if config.remember:
         batches.dataset = data.remember(dataset, targets, label="Stage A latents and text tokens")
     if config.compile:
-        model.compile()                                               # in place: names stay clean
+        model.compile(dynamic=False)       # each size by itself; in place, so names stay clean
         if training.world() == 1:                                     # synchronised norms: eagerly
             compressor.compile()
 

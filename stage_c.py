@@ -445,7 +445,7 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_c
     batches = data.Stream(dataset, config, device)
     run.restore(model=model, ema=ema, optimizer=optimizer, batches=batches)
     if config.compile:
-        model.compile()                                               # in place: names stay clean
+        model.compile(dynamic=False)       # each size by itself; in place, so names stay clean
 
     for step in run.steps():
         optimizer.zero_grad(set_to_none=True)

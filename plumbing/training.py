@@ -102,15 +102,16 @@ def agree(flags, tensor):
 
 
 def locked(path):
-    """Whether this process has the file `path` for itself, until it ends, however it does."""
-    try:                                                  # never closed; workers do not inherit it
+    """-> `path`, open: until it is closed, or this process ends, no other has it; None: one has."""
+    file = open(path, "a")                                # workers do not inherit the lock
+    try:
         import fcntl
-        fcntl.lockf(os.open(path, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return None
     except ImportError:                                   # Windows: two of the same are not noticed
         pass
-    return True
+    return file
 
 
 def cooldown(config):
@@ -197,7 +198,7 @@ class Run:
 
     def __init__(self, stage, config, out, device, init_from=None, **must_match):
         self.stage, self.config, self.out, self.device = stage, config, Path(out), device
-        self.must_match, self.parts = must_match, {}
+        self.must_match, self.parts, self.lock = must_match, {}, None
         self.out.mkdir(parents=True, exist_ok=True)
         self.state = self.resume(init_from)
         self.new, self.step = not self.state, self.state.get("step", 0)
@@ -216,7 +217,8 @@ class Run:
             if os.path.lexists(self.out / name) and not os.path.isfile(self.out / name):
                 raise cli.UsageError(f"{self.out / name}: is in the way, as it is no file")
         found = torch.tensor(float(path.is_file()), device=self.device)
-        if rank() == 0 and not locked(self.out / ".lock"):
+        self.lock = locked(self.out / ".lock") if rank() == 0 else None
+        if rank() == 0 and not self.lock:
             found -= 2 * world()
         if world() > 1:
             dist.all_reduce(found)
@@ -308,6 +310,8 @@ class Run:
                     break
         finally:
             self.bar.close()
+            if self.lock:
+                self.lock.close()
             for one, handler in before.items():
                 signal.signal(one, handler)
         lost = f" but for {self.in_a_row} last steps, not finite" * bool(self.in_a_row)

@@ -140,6 +140,7 @@ def test_overwritten_file_changes_no_model(saved, tmp_path):
     run = training.Run("C", TINY_C, tmp_path / "run", torch.device("cpu"))
     run.errors = [(torch.rand(5000), torch.rand(5000))]
     run.save(optimizer={"moment": torch.rand(5000)})
+    run.lock.close()                                            # as at the end of its steps
     done = command("-c", OVERWRITTEN, tmp_path)
     assert done.stdout.strip().endswith("10 models"), done.stdout
 

@@ -238,12 +238,12 @@ def test_one_run_at_a_time(tmp_path):
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        run_in(tmp_path)
+        lives = run_in(tmp_path)
         worker = os.fork()
         if worker:
             os.write(tell, str(worker).encode())
         time.sleep(60)
-        os._exit(0)
+        os._exit(lives.step)
     worker = int(os.read(ready, 20))
     try:
         with pytest.raises(UsageError, match="another process trains there"):

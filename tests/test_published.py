@@ -318,7 +318,7 @@ def test_nothing_needs_published(drawings, tmp_path):
     """Without the folder published/ A, B and C train from nothing and are sampled from; and
     published/weights.py imports no stage.
     """
-    for name in ("plumbing", "pocket"):
+    for name in ("plumbing", "pocket", "sources"):
         shutil.copytree(HERE / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in HERE.glob("*.py"):
         shutil.copy(file, tmp_path)

@@ -73,7 +73,7 @@ def test_compiled_changes_nothing(module):
               stage_c: replace(TINY_C, depth=1)}[module]
     model = shake({stage_b: stage_b.StageB, stage_c: stage_c.StageC}[module](config))
     fast = copy.deepcopy(model)
-    fast.compile()                                      # in place, as the stages do
+    fast.compile(dynamic=False)                         # in place, as the stages do
     x, t = torch.randn(2, *((4, 16, 16) if module is stage_b else (16, 6, 5))), torch.rand(2)
     sem = (torch.randn(2, 16, 3, 3),) if module is stage_b else ()
     text, found = torch.randn(2, *TEXT), []

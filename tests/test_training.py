@@ -134,7 +134,7 @@ def test_two_processes_are_one_with_both_batches(chain, drawings, tmp_path):
     logs, states = [], []
     for world, launcher in launchers.items():
         config = {name: value for name, value in vars(replace(
-            TINY_C, text_drop=0.0, batch_size=4 // world)).items()
+            TINY_C, text_drop=0.0, batch_size=4 // world, muon=False, lr=2e-3)).items()
             if value != getattr(stage_c.PRESETS["pocket"], name)}
         out = tmp_path / str(world)
         done = command(*launcher, tmp_path / "keyed.py", json.dumps(config), drawings, out,
