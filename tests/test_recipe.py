@@ -132,10 +132,11 @@ def test_cached_latents(chain, drawings, tmp_path):
 
 def test_work_of_the_recipe():
     """The floating-point operations of E.3 with the released Stage C, and the paper's share."""
-    from experiments import efficiency
+    from experiments import efficiency, price
     found = efficiency.projection(0.4)
     assert found["flop"] == pytest.approx(2.71e21, rel=0.01)
-    per_image = [phase["flop"] / phase["images"] / 1e12 for phase in found["phases"]]
-    assert per_image[:2] == pytest.approx([0.91, 3.46], abs=0.01)
+    per_image = [3 * price.of_c(stage_c.PRESETS["released"], grid) / 1e12
+                 for grid in ((12, 12), (24, 24))]
+    assert per_image == pytest.approx([0.91, 3.46], abs=0.01)
     assert found["paper_share_of_nominal"] == pytest.approx(0.098, abs=0.001)
     assert found["a100_hours"] == pytest.approx(2.71e21 / (0.4 * 312e12) / 3600, rel=0.01)
