@@ -6,9 +6,10 @@
 
 The real train() runs on fake CUDA tensors (fakegpu.py) with random networks and blank images: one
 step of one micro-batch, a preview and a save. The optimizer's state is there from the start, and so
-are gradients where a step has several micro-batches. `name=value` changes a field of Config. A card
-of 40 GB is taken to have 39.4 GiB, of which .6 go to CUDA itself and a tenth to fragments. That and
-all else that only a GPU can say is unmeasured.
+are gradients where a step has several micro-batches. The largest micro-batch lies on a line through
+the peaks of two. `name=value` changes a field of Config. A card of 40 GB is taken to have 39.4 GiB,
+of which .6 go to CUDA itself and a tenth to fragments. That and all else that only a GPU can say is
+unmeasured.
 """
 
 import argparse
