@@ -244,9 +244,10 @@ def bf16_on_the_cpu():
 @pytest.mark.slow
 def test_gpu_bf16_learns_alike(tmp_path, drawings):
     """100 steps of A, B and C of pocket's size in bf16: by noise level, no farther from float32
-    than twice what two seeds of float32 differ.
+    than twice what two seeds of float32 differ, in the middle one of ten lines of the log.
     """
-    small = dict(steps=100, batch_size=4, workers=0, log_every=25, preview_every=1000,
+    # the middle one: a single sample near |1 - B| = 0 makes one line ten times another
+    small = dict(steps=100, batch_size=4, workers=0, log_every=10, preview_every=1000,
                  save_every=1000, warmup=10, cooldown=0, compile=False)
     a, b = HERE / "pocket/stage_a.safetensors", HERE / "pocket/stage_b.safetensors"
     runs = {"a": (stage_a, lambda config, out: stage_a.train(config, drawings, out)),
@@ -265,7 +266,7 @@ def test_gpu_bf16_learns_alike(tmp_path, drawings):
             curves.append(torch.tensor([[float("nan") if one is None else one for one in levels]
                                         for levels in errors]).log())              # (lines, levels)
         one, two, bf16 = curves
-        spread, off = (two - one).abs().nanmean(0), (bf16 - one).abs().nanmean(0)
+        spread, off = ((curve - one).abs().nanmedian(0).values for curve in (two, bf16))
         assert (off <= 2 * spread).all(), (
             f"Stage {name.upper()}: the log of the error by noise level differs by {off.tolist()} "
             f"in bf16 and by {spread.tolist()} with another seed")
