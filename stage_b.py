@@ -52,15 +52,14 @@ class Config:
     attend_to_sem: bool = True         # paper, §3.1, E.2 (released: False, concatenation alone)
     condition: Literal["standardised", "raw"] = "standardised"   # ours: the scale of sem
     prediction: Literal["released", "v"] = "released"   # official code; the paper is silent
+    sem_init: float = 0.02             # official code: std of sem's maps at init; pocket: 1
     # loss, sampling
-    weight_cap: float = 0.0            # paper: unweighted. See `loss`; pocket: 1e4
-    weight_floor: float = 0.0          # ours, with weight_cap alone; pocket: 0.5
     t_power: float = 1.0               # official code: t as drawn. See `loss`; pocket: 1.5
     guidance: float = 4.0              # paper, §4 (released: 1, that is, off); pocket: 2
     # conditions while training: shares of all samples; noise for a share of the rest
-    drop_both: float = 0.05            # ours: §3.1 gives no numbers; pocket: 0.02
-    drop_text: float = 0.05            # ours: as Stage C's, §3.2; pocket: 0.5
-    drop_sem: float = 0.05             # official code (v1), there for whole batches; pocket: 0.02
+    drop_both: float = 0.05            # ours: §3.1 gives no numbers
+    drop_text: float = 0.05            # ours: as Stage C's, §3.2
+    drop_sem: float = 0.05             # official code (v1), there for whole batches
     noise_sem: float = 0.3             # official code (v1), there for whole batches; pocket: 0.1
     noise_sem_t: float = 0.5           # official code (v1): t ~ U(0, 0.5)
     # data
@@ -78,6 +77,7 @@ class Config:
     batch_size: int = 16               # ours: 16 x 32 is the 512 of E.2
     accumulate: int = 32
     lr: float = 1e-4                   # paper, E.2
+    muon: bool = False                 # paper, E.2: AdamW; pocket: Muon's steps for matrices
     compressor_share: float = 1.0      # of lr, for the compressor (paper: 1); 0: it does not learn
     warmup: int = 10_000               # paper, E.2
     cooldown: int = 0                  # ours: linear decay at the end; the paper names none
@@ -102,13 +102,11 @@ PRESETS = {
                        compressor_preset="released", checkpoint_activations=True),     # official v2
     "pocket": Config(                  # ours: the same class at a size for two CPU cores
         widths=(48, 96, 160), heads=(0, 3, 5), blocks=(1, 2, 2), text_width=128, cond_width=64,
-        dropout=0.0, prediction="v", weight_cap=1e4, weight_floor=0.5, t_power=1.5, guidance=2.0,
-        # half of all samples see no text: captions name the colours, and a compressor that leaves
-        # them to the text does not say which object has which. Few steps: less sem is lost, noised
-        drop_text=0.5, drop_both=0.02, drop_sem=0.02, noise_sem=0.1,
+        dropout=0.0, prediction="v", sem_init=1.0, t_power=1.5, noise_sem=0.1, guidance=2.0,
+        drop_text=0.5,     # captions name the colours: less, and B takes them from the text alone
         text_encoder="pocket", compressor_preset="pocket", image_size=128, remember=True,
-        accumulate=1, steps=11_000, batch_size=32, lr=2e-3, compressor_share=1 / 3, warmup=100,
-        cooldown=4000, workers=1, log_every=20, preview_every=250, save_every=100),
+        accumulate=1, steps=11_000, batch_size=32, lr=4e-3, muon=True, compressor_share=1 / 6,
+        warmup=100, cooldown=4000, workers=1, log_every=20, preview_every=250, save_every=100),
 }
 
 
@@ -316,9 +314,8 @@ class StageB(nn.Module):
                 for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
                     nn.init.xavier_uniform_(layer.weight, gain=0.5 ** 0.5)
         nn.init.normal_(self.clip_mapper.weight, std=0.02)
-        loud = self.config.prediction == "v"       # departs (pocket): so that sem is heard early
-        for layer in filter(None, self.effnet_mappers):
-            nn.init.normal_(layer.weight, std=1.0 if loud else 0.02)
+        for layer in filter(None, self.effnet_mappers):        # pocket: 1, so sem is heard early
+            nn.init.normal_(layer.weight, std=self.config.sem_init)
         nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
         nn.init.zeros_(self.clf[1].weight)
 
@@ -357,12 +354,7 @@ class StageB(nn.Module):
                      if recompute else layer(x, *condition))
             return x
 
-        a_bar = alpha_bar(t)[:, None, None, None]                         # for prediction v
         x = self.embedding(x_t)                                           # (B, c_0, H_0, W_0)
-        if self.config.prediction == "v":
-            # departs (pocket): near t = 1, where only sem and text can tell what to draw, the noise
-            # is as loud in the embedding as a picture would be, so it is turned down
-            x = x * a_bar.sqrt()
         x = x.contiguous(memory_format=torch.channels_last)     # the blocks' (B, h, w, c): no copy
         mappers, skips = iter(self.effnet_mappers), []
         for i, layers in zip(levels, self.down_blocks):
@@ -375,6 +367,7 @@ class StageB(nn.Module):
         if self.config.prediction == "v":
             # departs (pocket): v = sqrt(a_bar) eps - sqrt(1 - a_bar) x_0 (Salimans & Ho, 2022) has
             # the same size at every t. At init v_hat = 0, that is, x_0_hat = sqrt(a_bar) x_t.
+            a_bar = alpha_bar(t)[:, None, None, None]
             return (1 - a_bar).sqrt() * x_t + a_bar.sqrt() * out          # (B, 4, H, W)
         # Official head (the paper is silent): eps_hat = (x_t - A) / B. A is the signal part, B the
         # noise's size sqrt(1 - alpha_bar), in (.001, .999). At init A = 0, B = .5: eps_hat = 2 x_t.
@@ -419,14 +412,11 @@ def loss(model, x_0, sem, text, t=None, noise=None):
     noise = torch.randn_like(x_0) if noise is None else noise
     eps_hat = model(diffuse(x_0, t, noise), t, sem, text)                 # (B, 4, H, W)
     error = (eps_hat - noise).square().mean((1, 2, 3))                    # (B,)
-    if not model.config.weight_cap:
-        return error.mean(), t, error.detach()
-    # departs (pocket): the error is measured in x_0, (1 - alpha_bar) / alpha_bar times the one in
-    # eps, up to a cap: near t = 1 an error in eps barely shows whether x_0 is right. And down to a
-    # floor, so that the levels near t = 0, where the factor is small, count too.
-    a_bar = alpha_bar(t)
-    weight = ((1 - a_bar) / a_bar).clamp(model.config.weight_floor, model.config.weight_cap)
-    return (weight * error).mean(), t, error.detach()
+    if model.config.prediction == "v":
+        # departs (pocket): the error of v, 1 / alpha_bar times the one of eps. Near t = 1 an error
+        # in eps barely shows whether x_0 is right
+        return (error / alpha_bar(t)).mean(), t, error.detach()
+    return error.mean(), t, error.detach()
 
 
 # ---- sampler -------------------------------------------------------------------------------------
@@ -508,7 +498,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
     groups = [dict(params=[*model.parameters()], share=1.0),              # share of lr
               dict(params=[*compressor.parameters()], share=config.compressor_share)]
     parameters = groups[0]["params"] + groups[1]["params"]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)  # official
+    optimizer = training.optimizer(config, groups, betas=(0.9, 0.95))     # official code: AdamW
 
     @torch.no_grad()
     def targets(batch):

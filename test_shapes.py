@@ -171,7 +171,7 @@ def test_initial_outputs():
 
 
 def test_prediction_v():
-    """eps_hat and x_0_hat of prediction v fit v_hat at every t; x_t hardly counts at 1."""
+    """eps_hat and x_0_hat of prediction v fit v_hat at every t."""
     model = shake(stage_b.StageB(replace(TINY_B, prediction="v"))).eval()
     x, sem, text = torch.randn(2, 4, 16, 16), torch.randn(2, 16, 3, 3), torch.randn(2, *TEXT)
     found = []
@@ -183,10 +183,6 @@ def test_prediction_v():
         x_0_hat = (x - (1 - a).sqrt() * eps_hat) / a.sqrt()
         close(found[-1], a.sqrt() * eps_hat - (1 - a).sqrt() * x_0_hat, atol=1e-3, rtol=1e-3,
               what=f"eps_hat at t = {level} is not that of v_hat")
-    for level, sign in ((0.5, 1), (0.5, -1), (1, 1), (1, -1)):
-        model(sign * x, level * torch.ones(2), sem, text)
-    half, full = ((found[i] - found[i + 1]).abs().max() for i in (-4, -2))
-    assert full < 0.4 * half, "x_t is not turned down near t = 1"
 
 
 def test_zero_initialised_branches_are_the_identity():
@@ -247,20 +243,23 @@ def test_loss_is_weighted_by_p2():
     assert_close(error, torch.ones(2))                       # and the errors are not weighted
 
 
-def test_stage_b_weight():
-    """Stage B's loss is the error of the noise; with a cap, the error in x_0 within bounds."""
+def test_stage_b_loss():
+    """Stage B's loss is the error of the noise; with prediction v, the error of v."""
     class Fixed(nn.Module):
-        config = replace(TINY_B, weight_cap=0.0)
+        config = replace(TINY_B, prediction="released")
 
         def forward(self, x_t, t, sem, text):
             return torch.zeros_like(x_t)
     model, x_0, t = Fixed(), torch.zeros(3, 4, 4, 4), torch.tensor([0.05, 0.5, 0.99])
     assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0))[0], torch.ones(()))
-    model.config = replace(TINY_B, weight_cap=20.0, weight_floor=0.5)
-    expected = torch.tensor((0.5 + 0.5060 / 0.4940 + 20) / 3)     # a is 0.494 at t = .5
-    assert_close(stage_b.loss(model, x_0, None, None, t, torch.ones_like(x_0))[0], expected,
-                 atol=1e-3, rtol=0)
-    assert stage_b.PRESETS["paper"].weight_cap == stage_b.PRESETS["released"].weight_cap == 0
+    model.config = replace(TINY_B, prediction="v")
+    x_0, noise = torch.randn(2, 3, 4, 4, 4)
+    a = stage_b.alpha_bar(t)[:, None, None, None]
+    # eps_hat = 0 says x_0_hat = x_t / sqrt(a)
+    v_hat = -(1 - a).sqrt() * stage_b.diffuse(x_0, t, noise) / a.sqrt()
+    v = a.sqrt() * noise - (1 - a).sqrt() * x_0
+    assert_close(stage_b.loss(model, x_0, None, None, t, noise)[0], (v_hat - v).square().mean(),
+                 msg=lambda said: f"the loss is not the squared error of v: {said}")
 
 
 @pytest.mark.parametrize("module", [stage_b, stage_c])
@@ -558,14 +557,13 @@ def test_overfit_c_two_captions():
     overfit_c(torch.randn(2, *TEXT), torch.zeros(1, *TEXT))
 
 
-@pytest.mark.parametrize("prediction, cap, width, lr", [("released", 20.0, 16, 4e-3),
-                                                        ("v", 1e4, 32, 8e-3)])
-def test_overfit_b(prediction, cap, width, lr):
+@pytest.mark.parametrize("prediction, width, lr", [("released", 32, 8e-3), ("v", 32, 8e-3)])
+def test_overfit_b(prediction, width, lr):
     """After overfitting two latents told apart by sem alone, each sem samples its own x_0."""
     x_0 = torch.randn(2, 4, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)   # (2, 4, 16, 16)
     sem, text = torch.randn(2, 16, 3, 3), torch.zeros(2, *TEXT)
     model = stage_b.StageB(replace(TINY_B, widths=(width, 32, 32), cond_width=16,
-                                   prediction=prediction, weight_cap=cap))
+                                   prediction=prediction, sem_init=1.0, t_power=1.5))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for step in range(250):
         for group in optimizer.param_groups:

@@ -40,9 +40,8 @@ from pocket import shapes, teach
 SEEDS = dict(train=0, test=77)        # unseen drawings: another seed, same split
 LEVELS = (0.25, 0.5, 0.8, 0.9, 1.0)   # noise levels at which the x_0 error is measured
 RECIPE = dict(
-    loss="v",                         # "v": v's plain error; "x0": stage_b.loss with cap and floor
-    damp=False,                       # x_t's embedding times sqrt(alpha_bar), as StageB has it
-    muon=False,                       # training.Muon: on the matrices, AdamW on all else
+    loss="v",                         # "v": stage_b.loss; "x0": the error in x_0, within bounds
+    damp=False,                       # x_t's embedding times sqrt(alpha_bar)
     drawings=8000,                    # to train on
     test=256,                         # unseen ones that are drawn and judged
     out="runs/ablate")
@@ -206,51 +205,37 @@ def ceiling(recipe, steps=3000):
 
 # ---- a variant -----------------------------------------------------------------------------------
 
-class Undamped(nn.Sequential):
-    """Takes back the factor sqrt(alpha_bar) that StageB.forward gives x_t's embedding."""
-
-    def forward(self, x_t):
-        return super().forward(x_t) * self.gain
-
-
-class Variant(stage_b.StageB):
-    """StageB, x_t's embedding damped or not."""
-
-    def __init__(self, config, damp):
-        super().__init__(config)
-        self.undamped = not damp and config.prediction == "v"             # "released" has no factor
-        if self.undamped:
-            self.embedding = Undamped(self.embedding)
+class Damped(stage_b.StageB):
+    """StageB, x_t's embedding times sqrt(alpha_bar): the nearer t is to 1, the less x_t counts."""
 
     def forward(self, x_t, t, sem, text, precomputed=None):
-        if self.undamped:
-            self.embedding.gain = stage_b.alpha_bar(t)[:, None, None, None].rsqrt()
-        return super().forward(x_t, t, sem, text, precomputed)
+        gain = stage_b.alpha_bar(t).sqrt()[:, None, None, None]
+        hook = self.embedding.register_forward_hook(lambda *given: given[2] * gain)
+        with hook:
+            return super().forward(x_t, t, sem, text, precomputed)
 
 
 def loss(model, kind, x_0, sem, text):
-    """As stage_b.loss; kind "v": the plain error of v, which is eps's / alpha_bar."""
-    if kind == "x0":
+    """kind "v": stage_b.loss. "x0": the error in x_0, (1 - alpha_bar) / alpha_bar times eps's."""
+    if kind == "v":
         return stage_b.loss(model, x_0, sem, text)
     t = 1 - (1 - stage_b.draw_t(len(x_0))) ** model.config.t_power
-    noise = torch.randn_like(x_0)
+    noise, a_bar = torch.randn_like(x_0), stage_b.alpha_bar(t)
     error = (model(stage_b.diffuse(x_0, t, noise), t, sem, text) - noise).square().mean((1, 2, 3))
-    return (error / stage_b.alpha_bar(t)).mean(), t, error.detach()
+    return (((1 - a_bar) / a_bar).clamp(0.5, 1e4) * error).mean(), t, error.detach()
 
 
 def train(name, settings):
     config, recipe = choose(settings)
-    if recipe["muon"] and not hasattr(torch.optim, "Muon"):
-        raise UsageError(f"muon=true: this is torch {torch.__version__}, and torch.optim.Muon is "
-                         "there from torch 2.9")
     training.setup(config.seed)
     cached = load(recipe["out"], "train", recipe["drawings"])
     out = Path(recipe["out"], f"{name}-s{config.seed}")
     run = training.Run("B", config, out, torch.device("cpu"), **{
-        key: recipe[key] for key in ("loss", "damp", "muon", "drawings")})
-    model = Variant(config, recipe["damp"]).train()
+        key: recipe[key] for key in ("loss", "damp", "drawings")})
+    model = (Damped if recipe["damp"] else stage_b.StageB)(config).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = (training.Muon if recipe["muon"] else torch.optim.AdamW)(
+    optimizer = training.optimizer(config, [dict(params=[*model.parameters()])],
+                                   betas=(0.9, 0.95))
         [dict(params=[*model.parameters()])], lr=config.lr, betas=(0.9, 0.95), fused=True)
     spent = run.state.get("cpu_s", 0.0)                                   # before a stop
     run.restore(model=model, ema=ema, optimizer=optimizer)

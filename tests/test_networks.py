@@ -72,10 +72,10 @@ def test_time_and_attention_start_as_in_the_official_code(module):
 
 
 def test_first_and_last_layers_start_as_in_the_official_code():
-    """B's embedding has Xavier's gain .02, maps of text N(0, .02), those of sem, too (v: N(0, 1));
+    """B's embedding has Xavier's gain .02, maps of text N(0, .02), those of sem N(0, sem_init);
     all of C's first layers N(0, .02); both heads are zero."""
-    for prediction, std in (("released", 0.02), ("v", 1.0)):
-        model = built(stage_b, prediction=prediction, cond_width=64)
+    for std in (stage_b.PRESETS["paper"].sem_init, 1.0):
+        model = built(stage_b, sem_init=std, cond_width=64)
         largest = model.embedding[1].weight.abs().max().item()
         bound = 0.02 * (6 / (16 + 8)) ** 0.5                              # 16 channels in, 8 out
         assert 0.8 * bound < largest <= bound, "the embedding's gain is not .02"
@@ -83,7 +83,7 @@ def test_first_and_last_layers_start_as_in_the_official_code():
             "B's map of the text does not start as N(0, .02)")
         for mapper in filter(None, model.effnet_mappers):
             assert spread(mapper.weight) == pytest.approx(std, rel=0.1), (
-                f"the maps of sem do not start as N(0, {std}) with prediction {prediction}")
+                f"the maps of sem do not start as N(0, {std})")
         assert not model.clf[1].weight.any() and not model.clf[1].bias.any(), "B's head is not zero"
     model = built(stage_c)
     for layer in (model.projection, model.cond_mapper[0], model.cond_mapper[2]):
