@@ -236,7 +236,6 @@ def train(name, settings):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = training.optimizer(config, [dict(params=[*model.parameters()])],
                                    betas=(0.9, 0.95))
-        [dict(params=[*model.parameters()])], lr=config.lr, betas=(0.9, 0.95), fused=True)
     spent = run.state.get("cpu_s", 0.0)                                   # before a stop
     run.restore(model=model, ema=ema, optimizer=optimizer)
     if config.compile:

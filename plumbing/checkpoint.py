@@ -86,8 +86,9 @@ MADE_BY = {"A": "Stage A, as `python stage_a.py --data …` makes it; or name it
            "compressor": "the Semantic Compressor: take `--compressor released` (81 MB), or train "
                          "it by `python stage_a.py --data …` and `python stage_b.py --data …`"}
 KINDS = {**dict.fromkeys(("config", "model", "ema", "compressor_config", "compressor_ema", "probe",
-                          "text_encoder", "batches", "optimizer"), dict),      # of a checkpoint
-         **dict.fromkeys(("step", "skipped", "processes"), int), "errors": list}
+                          "text_encoder", "batches", "optimizer", "provenance"), dict),
+         **dict.fromkeys(("step", "skipped", "processes"), int),             # of a checkpoint
+         **dict.fromkeys(("errors", "before"), list), "command": str}
 
 
 def load_checkpoint(path, stage):
@@ -139,13 +140,24 @@ def translated(config):
     return out
 
 
+def parts(path, stage):
+    """The runs behind a checkpoint, in their order: [{"command": …, "steps": …}, …]."""
+    state = load_checkpoint(path, stage)
+    about = state.get("provenance") or {"command": state.get("command", "unknown"),
+                                        "steps": state.get("step", 0)}
+    return [*state.get("before", about.get("before", [])),
+            {name: about.get(name) for name in ("command", "steps")}]
+
+
 def read_shipped(path):
     """What pocket/ship.py wrote: all but the tensors is in the file's metadata."""
     with safe_open(path, "pt") as file:
-        about = (file.metadata() or {}).get("checkpoint")
+        metadata = file.metadata() or {}
+    about = metadata.get("checkpoint")
     if about is None:
         raise ValueError("no config in its metadata: not written by pocket/ship.py")
-    state = dict(read_json(path, {}, about), model={}, compressor_ema={})
+    origin = read_json(path, {}, metadata.get("provenance", "{}"))
+    state = dict(read_json(path, {}, about), model={}, compressor_ema={}, provenance=origin)
     for name, value in read_tensors(path).items():
         inner = name.startswith("compressor.")
         state["compressor_ema" if inner else "model"][name.removeprefix("compressor.")] = value

@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import re
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -86,6 +87,14 @@ def parse(Config, presets, doc, argv=None, preset="paper", **paths):
         print(f"note: no GPU is visible and the preset {others['preset']!r} is made for one; "
               "--preset pocket is made for the CPU", file=sys.stderr, flush=True)
     return dataclasses.replace(presets[others["preset"]], **changed), argparse.Namespace(**others)
+
+
+def command():
+    """This process's command, as it is typed in the repository's folder."""
+    path = Path(sys.argv[0]).resolve()
+    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
+    name = f"-m {'.'.join(path.with_suffix('').parts)}" if len(path.parts) > 1 else path.name
+    return " ".join(["python", name, *map(shlex.quote, sys.argv[1:])])
 
 
 def flags(config, preset):

@@ -202,6 +202,8 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.state = self.resume(init_from)
         self.new, self.step = not self.state, self.state.get("step", 0)
+        self.before = (self.state.get("before", []) if self.state or not init_from else
+                       checkpoint.parts(init_from, stage))    # runs that its weights come from
         self.in_a_row, self.skipped = 0, 0                    # not finite: steps in a row, in all
         self.errors, self.seconds = [], []                    # since the last line; of each step
         self.buffers = []                                     # with what they were as it began
@@ -405,6 +407,7 @@ class Run:
             "stage": self.stage, "config": dataclasses.asdict(self.config), "step": self.step,
             "errors": self.errors, "skipped": self.skipped, "processes": world(),
             "probe": checkpoint.probe(model) if model else {},
+            "before": self.before, "command": cli.command(),
             **self.must_match, **{name: part.state_dict() for name, part in self.parts.items()},
             **more})
 

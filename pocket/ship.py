@@ -11,7 +11,6 @@ metadata. Everything is measured again with the rounded weights, on drawings hel
 import json
 import os
 import platform
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -21,9 +20,7 @@ from torchvision.transforms.functional import to_tensor
 
 import sample
 import semantic_compressor
-import stage_a
 import stage_b
-import stage_c
 from plumbing import checkpoint, cli, pictures
 from pocket import shapes
 
@@ -40,17 +37,11 @@ def restored(tensors):
             for name, value in tensors.items()}
 
 
-def provenance(state, preset, stage):
-    """How this stage was trained: the command, as what differs from the preset `pocket`."""
-    scale = {name: getattr(preset, name) for name in ("latent_mean", "latent_std")
-             if hasattr(preset, name)}                                    # measured, not given
-    config = replace(preset, **state["config"] | scale)
-    flags = cli.flags(config, preset)
-    if getattr(config, "compressor_share", 1) == 0:
-        flags.append("--init-from runs/pocket/taught/checkpoint.pt")
-    return dict(command=" ".join([f"python stage_{stage}.py --preset pocket", *flags]),
+def provenance(state):
+    """How this stage was trained: its command, and those of the runs it began with."""
+    return dict(command=state["command"], before=state["before"],
                 steps=state["step"], samples=state["samples"], data="pocket/shapes.py, seed 0",
-                seed=config.seed, date=date.today().isoformat(),
+                seed=state["config"]["seed"], date=date.today().isoformat(),
                 machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, "
                         f"torch {torch.__version__.partition('+')[0]}")
 
@@ -91,9 +82,7 @@ def ship(paths, out):
         **{f"compressor.{name}": value for name, value in compressor.items()}}}
     about["b"]["stage_a"] = checkpoint.checksum(restored(a))
     about["c"]["compressor"] = checkpoint.checksum(restored(compressor))
-    presets = {"a": stage_a.PRESETS["pocket"], "b": stage_b.PRESETS["pocket"],
-               "c": stage_c.PRESETS["pocket"]}
-    origin = {stage: provenance(states[stage], presets[stage], stage) for stage in "abc"}
+    origin = {stage: provenance(states[stage]) for stage in "abc"}
     out.mkdir(parents=True, exist_ok=True)
     for final in (False, True):                    # first without measures, then with them
         if final:

@@ -13,10 +13,11 @@ import sample
 import stage_b
 import stage_c
 from experiments import predict
-from plumbing import checkpoint, pictures
+from plumbing import checkpoint, pictures, training
 from plumbing.cli import UsageError
 from pocket import ship
 from published import weights
+from test_shapes import TINY_C
 from tests.common import HERE, command, same
 
 
@@ -149,7 +150,12 @@ def test_small_weights(chain, tmp_path):
         one, two = getattr(before, part), getattr(after, part)
         assert one.config == two.config
         assert_close(one.state_dict(), two.state_dict(), rtol=1e-3, atol=1e-6)
-    assert "--widths 8,16,16" in origin["b"]["command"] and origin["a"]["psnr_a"] > 0
+    assert origin["b"]["command"].startswith("python ") and origin["a"]["psnr_a"] > 0
+    assert not origin["c"]["before"], "trained from nothing"
+    for weights_c in (chain / "stage_c/checkpoint.pt", tmp_path / "stage_c.safetensors"):
+        begun = training.Run("C", TINY_C, tmp_path / "new", torch.device("cpu"), weights_c)
+        assert begun.before == [{name: origin["c"][name] for name in ("command", "steps")}], (
+            "a run keeps the commands of those whose weights it began with")
     with safe_open(tmp_path / "stage_c.safetensors", "pt") as file:
         assert json.loads(file.metadata()["provenance"]) == origin["c"]
     with pytest.raises(UsageError, match="another Stage A"):
