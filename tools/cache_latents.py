@@ -108,7 +108,10 @@ def main():
     parser.add_argument("--clip", help="its weights, as in Stage C")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
-    cache(**vars(parser.parse_args()))
+    settings = parser.parse_args()
+    if not settings.tokens and (settings.clip or settings.text_encoder != "clip-h"):
+        raise cli.UsageError("--text-encoder and --clip have no effect without --tokens")
+    cache(**vars(settings))
 
 
 if __name__ == "__main__":
