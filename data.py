@@ -227,12 +227,12 @@ class CaptionedImages(Dataset):
         return found if isinstance(found, dict) else {}
 
     def load(self, epoch, index, crop):
-        """The image as a uint8 array (3, H, W)."""
+        """The tensors of a sample: "image", uint8 (3, H, W)."""
         image = decode(self.bytes_of(index, 0), self.resize)
         rng = None if self.center else np.random.default_rng((self.seed, epoch, index))
         pixels = np.asarray(fit(image, self.resize, crop, rng))                      # (H, W, 3)
         # Turned in numpy: torch would wake its threads for each image, slow on a busy CPU.
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))                       # (3, H, W)
+        return {"image": torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))}
 
     def __getitem__(self, place):
         epoch, index, step = place if isinstance(place, tuple) else (0, place, 0)
@@ -242,9 +242,8 @@ class CaptionedImages(Dataset):
         if isinstance(crop, list):  # 1: not the random numbers of a crop's place
             crop = crop[np.random.default_rng((self.seed, step, 0, 1)).integers(len(crop))]
         try:
-            return {"image": torch.from_numpy(self.load(epoch, index, crop)),
-                    "caption": self.caption(index), "key": self.key(index), "index": index,
-                    "meta": self.meta(index)}
+            return {**self.load(epoch, index, crop), "caption": self.caption(index),
+                    "key": self.key(index), "index": index, "meta": self.meta(index)}
         except BadSample as error:
             return {"index": index, "key": self.key(index), "failed": str(error)}
 
@@ -256,27 +255,34 @@ class CaptionedImages(Dataset):
         if len(sizes) > 1:
             raise UsageError(f"{self.source}: one batch holds images of different sizes "
                              f"{sorted(sizes)[:3]}; give a crop, so that they can be stacked.")
+        tokens = [one["tokens"] for one in good if "tokens" in one]
         return {
-            "images": torch.stack([sample["image"] for sample in good]) if good else None,
-            "captions": [sample["caption"] for sample in good],
-            "keys": [sample["key"] for sample in good],
-            "indices": [sample["index"] for sample in good],
+            **({"tokens": torch.stack(tokens)} if tokens else {}),
+            "images": torch.stack([one["image"] for one in good]) if good else None,
+            "captions": [one["caption"] for one in good], "keys": [one["key"] for one in good],
+            "indices": [one["index"] for one in good],
             "failed": {one["index"]: (one["key"], one["failed"])
                        for one in samples if "failed" in one}}
 
 
 class CaptionedLatents(CaptionedImages):
     """Shards of tools.cache_latents: in place of an image KEY.npy, a standardised latent, float16
-    (16, h, w), on which resize and crop have no effect.
+    (16, h, w), on which resize and crop have no effect. Where `tokens`, a shape (L, E), is set, the
+    next array of the file is the caption's tokens, float16, and a sample has them as `tokens`.
     """
 
-    suffixes = ("npy",)
+    suffixes, tokens = ("npy",), None
 
     def load(self, epoch, index, crop):
+        file = io.BytesIO(self.bytes_of(index, 0))
         try:
-            return np.load(io.BytesIO(self.bytes_of(index, 0)), allow_pickle=False)
-        except (ValueError, EOFError) as error:
+            found = {name: torch.from_numpy(np.load(file, allow_pickle=False))
+                     for name in ("image", "tokens")[:1 + bool(self.tokens)]}
+        except (ValueError, EOFError, TypeError) as error:
             raise BadSample(f"cannot be decoded: {error}") from None
+        if self.tokens and found["tokens"].shape != self.tokens:
+            raise BadSample(f"tokens are {tuple(found['tokens'].shape)}, expected {self.tokens}")
+        return found
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -301,6 +307,7 @@ class Stream:
     """Batches without end, from a position that a checkpoint keeps: dicts of
         images    float32 (B, 3, H, W) in [0, 1], on `device`
                   from a Memory instead `remembered`, its tensors, on the CPU
+        tokens    float32 (B, L, E), on `device`, where CaptionedLatents have them
         captions  [str], keys [str], indices [int], failed {index: (key, reason)}
         position  (epoch, sample) after this batch: a stream begun there goes on with the next.
     config: a stage's Config, of which batch_size, accumulate, seed and workers count. A batch
@@ -385,10 +392,10 @@ def ignore_interrupt(worker):
 
 def to_float(batch, device="cpu"):
     """Bytes are sent, a quarter of the traffic; floats in [0, 1] are made of them on `device`."""
-    images = batch.get("images")
-    if images is not None:                                                           # (B, C, H, W)
-        most = 255 if images.dtype == torch.uint8 else 1
-        batch["images"] = images.to(device, non_blocking=True).float() / most
+    for name in ("images", "tokens"):                                # (B, C, H, W), (B, L, E)
+        if batch.get(name) is not None:
+            most = 255 if batch[name].dtype == torch.uint8 else 1
+            batch[name] = batch[name].to(device, non_blocking=True).float() / most
     return batch
 
 

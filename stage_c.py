@@ -413,18 +413,18 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_c
     compressor = semantic_compressor.load(path_compressor or path_b, device)     # frozen
     encoder = text_encoder(config.text_encoder, clip, device, config.text_width)    # frozen
     null_text = encoder([""])                                             # (1, L, E)
-    dataset = training_data(config, source, compressor)
+    dataset = training_data(config, source, compressor, encoder)
 
     @torch.no_grad()
     def targets(batch):
-        """A batch of images (or latents) and captions -> x_0 (B, 16, h, w), text (B, L, E)."""
+        """Images (or latents), captions (or tokens) -> x_0 (B, 16, h, w), text (B, L, E)."""
         if "remembered" in batch:
             return [part.to(device, non_blocking=True) for part in batch["remembered"]]
         x_0 = batch["images"].to(device)
         if x_0.shape[1] == 3:                                             # images, not latents
             small = x_0 if config.sizes else semantic_compressor.resize(x_0)
             x_0 = compressor.standardise(compressor(small).float())
-        return x_0, encoder(batch["captions"])
+        return x_0, batch["tokens"].to(device) if "tokens" in batch else encoder(batch["captions"])
 
     if config.remember:
         dataset = data.remember(dataset, targets, label="compressor latents and text tokens")
@@ -475,9 +475,10 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_c
             run.save()
 
 
-def training_data(config, source, compressor):
+def training_data(config, source, compressor, encoder):
     """Images at Stage A's size, at the compressor's for --sizes; or latents if source has them."""
     cached = semantic_compressor.cached(source, compressor)
+    tokens = cached and cached.get("text_encoder")                        # made by which
     if not all(re.fullmatch(r"[1-9]\d{1,3}x[1-9]\d{1,3}", size) for size in config.sizes):
         raise cli.UsageError(f"--sizes {','.join(config.sizes)}: expected HxW,HxW,…")
     sizes = [tuple(int(side) for side in size.split("x")) for size in config.sizes]     # (H, W)
@@ -487,10 +488,15 @@ def training_data(config, source, compressor):
     if cached and cached["image_size"] != config.image_size:
         raise cli.UsageError(f"{source}: holds latents of {cached['image_size']}-px images, "
                              f"expected --image-size {config.image_size}")
+    if tokens and tokens != encoder.identity:
+        raise cli.UsageError(f"{source}: holds tokens of another text encoder, {tokens}, than "
+                             f"--text-encoder and --clip give, {encoder.identity}")
     side = min(min(size) for size in sizes) if sizes else config.image_size
-    return (data.CaptionedLatents if cached else data.CaptionedImages)(
+    dataset = (data.CaptionedLatents if cached else data.CaptionedImages)(
         source, resize=side, crop=sizes or side, seed=config.seed, center=config.remember,
         filters=data.filters(config))
+    dataset.tokens = (encoder.length, encoder.width) if tokens else None
+    return dataset
 
 
 @torch.no_grad()

@@ -30,7 +30,6 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -91,7 +90,8 @@ def stand_ins(preset):
         return called
 
     def blank(self, epoch, index, crop):
-        return np.zeros((3, *((crop, crop) if isinstance(crop, int) else crop)), np.uint8)
+        side = (crop, crop) if isinstance(crop, int) else crop
+        return {"image": torch.zeros((3, *side), dtype=torch.uint8)}
     patch = mock.patch.object
     with contextlib.ExitStack() as stack:
         for one in (

@@ -310,7 +310,7 @@ def job(name, preset, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, preset", [
     ("a", "paper"), ("b", "paper"), ("b", "paper-2"), ("c", "paper"), ("c", "paper-2"),
-    ("c", "paper-3"), ("c", "released")])     # C's paper-4 has the micro-batch of paper-2
+    ("c", "paper-3"), ("c", "released"), ("c", "finetune")])   # C's paper-4: as paper-2
 def test_gpu_presets_fit_40_gb(name, preset):
     """The step of each preset, as it is, takes no more of a 40 GB card than fit.py allows."""
     peak = fit.run(job(name, preset))["step"]

@@ -15,8 +15,10 @@ import stage_b
 import stage_c
 from plumbing import checkpoint
 from plumbing.cli import UsageError
+from plumbing.text import TextEncoder
 from test_shapes import TINY_B, TINY_C
-from tests.common import command, flags, take
+from tests.common import command, flags, same_checkpoint, take
+from tools import cache_latents
 
 
 @pytest.mark.parametrize("stage, phases", [
@@ -130,6 +132,49 @@ def test_cached_latents(chain, drawings, tmp_path):
                                    semantic_compressor.load(tmp_path / "b.pt"))
 
 
+def test_cached_tokens(chain, drawings, encoder, tmp_path, monkeypatch, capsys):
+    """With the captions' tokens kept, too, Stage C has the losses it has from images and encodes no
+    batch; it goes on as if not stopped, and refuses tokens of another encoder or of none."""
+    a, b = tmp_path / "no_a", chain / "stage_b/checkpoint.pt"            # previews of latents alone
+    made = dict(weights=b, workers=0, tokens=True, text_encoder="pocket")
+    out, note = tmp_path / "tokens", tmp_path / "tokens/latents.json"
+    cache_latents.cache(drawings, out=out, **made)
+    size = sum(path.stat().st_size for path in out.glob("*.tar")) / 24
+    assert f"and tokens of 24 images at 128 px, {size / 1e9 * 1e6:.1f} GB a million" in (
+        capsys.readouterr().out) and size > 24 * 128 * 2
+    with pytest.raises(UsageError, match="another text_encoder"):
+        cache_latents.cache(drawings, out=out, **{**made, "tokens": False})
+    cache_latents.cache(drawings, out=tmp_path / "latents", **{**made, "tokens": False})
+    dataset = data.CaptionedLatents(out)
+    dataset.tokens = (24, 64)
+    assert dataset[3]["failed"] == "tokens are (24, 128), expected (24, 64)"
+    dataset.tokens = (24, 128)
+    assert_close(dataset[3]["tokens"].float(), encoder([dataset.caption(3)])[0], rtol=1e-3,
+                 atol=1e-3)
+    texts, plain = [], TextEncoder.forward
+    monkeypatch.setattr(TextEncoder, "forward",
+                        lambda self, captions: texts.append(len(captions)) or plain(self, captions))
+    config = replace(TINY_C, workers=0, remember=False, log_every=1)
+    losses = {}
+    for source in (drawings, tmp_path / "latents", out):
+        texts.clear()
+        stage_c.train(config, source, tmp_path / "runs" / source.name, a, b)
+        losses[source] = [json.loads(line)["loss"]
+                          for line in (tmp_path / "runs" / source.name / "log.jsonl").open()]
+        assert texts.count(config.batch_size) == (0 if source == out else config.steps)
+        assert_close(losses[source], losses[drawings], rtol=1e-3, atol=0)
+    assert len(losses[out]) == config.steps
+    assert_close(losses[out], losses[tmp_path / "latents"], rtol=1e-4, atol=0)
+    for steps in (config.steps - 1, config.steps):
+        stage_c.train(replace(config, steps=steps), out, tmp_path / "stopped", a, b)
+    same_checkpoint(tmp_path / "runs/tokens/checkpoint.pt", tmp_path / "stopped/checkpoint.pt")
+    about = json.loads(note.read_text())
+    assert about["text_encoder"] == encoder.identity
+    note.write_text(json.dumps({**about, "text_encoder": {"name": "pocket", "checksum": "0"}}))
+    with pytest.raises(UsageError, match="tokens of another text encoder, .*'checksum': '0'"):
+        stage_c.train(config, out, tmp_path / "other", a, b)
+
+
 def test_work_of_the_recipe():
     """The floating-point operations of E.3 with the released Stage C, and the paper's share."""
     from experiments import efficiency, price
@@ -138,5 +183,10 @@ def test_work_of_the_recipe():
     per_image = [3 * price.of_c(stage_c.PRESETS["released"], grid) / 1e12
                  for grid in ((12, 12), (24, 24))]
     assert per_image == pytest.approx([0.91, 3.46], abs=0.01)
+    parts = [[3 * price.of_c(stage_c.PRESETS["paper"], grid) / 1e12,
+              price.of_compressor("paper", *grid) / 1e12, price.of_text("clip-h") / 1e12]
+             for grid in ((12, 12), (24, 24))]                          # those that learn, frozen
+    assert parts[0] == pytest.approx([0.318, 0.017, 0.047], abs=0.001)
+    assert parts[1] == pytest.approx([1.218, 0.067, 0.047], abs=0.001)
     assert found["paper_share_of_nominal"] == pytest.approx(0.098, abs=0.001)
     assert found["a100_hours"] == pytest.approx(2.71e21 / (0.4 * 312e12) / 3600, rel=0.01)
