@@ -296,6 +296,9 @@ class StageC(nn.Module):
         return [block.precompute(text) for block in self.blocks if isinstance(block, AttnBlock)]
 
     def forward(self, x_t, t, text, precomputed=None):
+        if x_t.shape[1] != self.config.latent_channels:
+            raise ValueError(f"Stage C found latents of {x_t.shape[1]} channels, expected "
+                             f"{self.config.latent_channels}")
         t_embedding = timestep_embedding(t, self.config.timestep_width)   # (B, 64)
         text = self.cond_mapper(text) if precomputed is None else None    # (B, L, D)
         precomputed = iter(precomputed or ())

@@ -146,6 +146,10 @@ class Muon:
             part.load_state_dict(state[i]) for i, part in enumerate(self.parts)]
 
     @property
+    def state(self):                                          # {parameter: {name: tensor}}
+        return {one: kept for part in self.parts for one, kept in part.state.items()}
+
+    @property
     def param_groups(self):
         return [group for part in self.parts for group in part.param_groups]
 
