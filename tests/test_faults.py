@@ -81,7 +81,8 @@ def test_sizes_of_batches(sizes, drawings):
     """--sizes that are no HxW: a sentence."""
     compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])
     with pytest.raises(UsageError, match="expected HxW,HxW"):
-        stage_c.training_data(replace(TINY_C, sizes=sizes, remember=False), drawings, compressor)
+        stage_c.training_data(replace(TINY_C, sizes=sizes, remember=False), drawings, compressor,
+                              None)
 
 
 @pytest.mark.parametrize("encoding", ["cp932", "cp437", "ascii"])
