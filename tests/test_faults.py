@@ -1,5 +1,6 @@
 """What users, machines and damaged files do to a command: one sentence, and nothing is lost."""
 
+import copy
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import signal
 import sys
 import time
 import types
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -25,7 +27,7 @@ import stage_c
 from plumbing import checkpoint, cli, pictures, training
 from plumbing.cli import UsageError
 from pocket import ship
-from test_shapes import TINY_A, TINY_C
+from test_shapes import TINY_A, TINY_B, TINY_C
 from tests.common import command
 
 STAGES = {"a": stage_a, "b": stage_b, "c": stage_c}
@@ -134,7 +136,13 @@ class InductorError(RuntimeError):
     (fails(UsageError("Caught UsageError in DataLoader worker process 0.\nTraceback …\n"
                       "plumbing.cli.UsageError: x.tar: has shrunk")), "^x.tar: has shrunk"),
     (lambda: torch.empty(10 ** 14), "the memory is full"),
-    (lambda: stage_a.StageA(TINY_A).encode(torch.zeros(1, 3, 7, 8)), "expected multiples of 4")])
+    (lambda: stage_a.StageA(TINY_A).encode(torch.zeros(1, 3, 7, 8)), "expected multiples of 4"),
+    (lambda: stage_b.StageB(TINY_B)(torch.zeros(1, 8, 8, 8), torch.ones(1),
+                                    torch.zeros(1, 16, 3, 3), torch.zeros(1, 5, 128)),
+     "8x8 and 8 and 16 channels, expected"),
+    (lambda: stage_c.StageC(TINY_C)(torch.zeros(1, 8, 3, 3), torch.ones(1),
+                                    torch.zeros(1, 5, 128)),
+     "of 8 channels, expected 16")])
 def test_one_sentence(main, said):
     """What the user can put right ends a command with one sentence."""
     with pytest.raises(SystemExit, match=said) as ended:
@@ -397,6 +405,25 @@ def test_resuming_from_odd_contents(every, tmp_path):
             saved(tmp_path, step=9)
         except UsageError as error:
             assert "checkpoint.pt: " in str(error)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is there from 2.9")
+def test_resuming_with_another_muon_state(tmp_path):
+    """A momentum of another size is one sentence, in Muon's part and in AdamW's."""
+    layer = torch.nn.Linear(4, 3)
+    made = {"muon": training.Muon([dict(params=[*layer.parameters()])], lr=1e-3)}
+    layer(torch.ones(2, 4)).sum().backward()
+    made["muon"].step()
+    assert set(made["muon"].state) == set(layer.parameters())
+    for odd in (None, torch.zeros(7)):
+        run = run_in(tmp_path)
+        state = copy.deepcopy(made["muon"].state_dict())
+        if odd is not None:
+            state[1]["state"][0]["momentum_buffer"] = odd
+        run.new, run.state = False, dict(muon=state, errors=[], skipped=0)
+        with nullcontext() if odd is None else pytest.raises(UsageError, match="not the state of"):
+            run.restore(**made)
+        run.lock.close()
 
 
 @pytest.mark.parametrize("line", [
