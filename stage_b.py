@@ -330,8 +330,8 @@ class StageB(nn.Module):
         channels = (self.config.latent_channels, self.config.sem_channels)
         divisor = patch * 2 ** levels[-1]
         if H % divisor or W % divisor or (x_t.shape[1], sem.shape[1]) != channels:
-            raise ValueError(f"Stage B found latents of {H}x{W} and {x_t.shape[1]} and "
-                             f"{sem.shape[1]} channels, expected multiples of {divisor}, {channels}")
+            raise ValueError(f"Stage B found latents of {H}x{W}, {x_t.shape[1]} and {sem.shape[1]} "
+                             f"channels, expected multiples of {divisor}, channels {channels}")
         t_embedding = timestep_embedding(t, self.config.timestep_width)   # (B, 64)
         text = self.seq_norm(self.clip_mapper(text)) if precomputed is None else None
         sem = sem.float().contiguous()     # torch resizes channels-last to one column wrongly

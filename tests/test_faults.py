@@ -139,7 +139,7 @@ class InductorError(RuntimeError):
     (lambda: stage_a.StageA(TINY_A).encode(torch.zeros(1, 3, 7, 8)), "expected multiples of 4"),
     (lambda: stage_b.StageB(TINY_B)(torch.zeros(1, 8, 8, 8), torch.ones(1),
                                     torch.zeros(1, 16, 3, 3), torch.zeros(1, 5, 128)),
-     "8x8 and 8 and 16 channels, expected"),
+     "8x8, 8 and 16 channels, expected"),
     (lambda: stage_c.StageC(TINY_C)(torch.zeros(1, 8, 3, 3), torch.ones(1),
                                     torch.zeros(1, 5, 128)),
      "of 8 channels, expected 16")])
