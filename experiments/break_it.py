@@ -125,8 +125,8 @@ ROWS = {
     # ---- Stage B and the compressor
     "v": Row("stage_b.py", "return (1 - a_bar).sqrt() * x_t", "return a_bar.sqrt() * x_t",
              "test_prediction_v", "the part of eps_hat that x_t gives is off at every t but .5"),
-    "v-loss": Row("stage_b.py", "(weight * error).mean()", "error.mean()",
-                  "test_stage_b_weight", "the error is that of eps: hardly any at t = 1"),
+    "v-loss": Row("stage_b.py", "(error / alpha_bar(t)).mean()", "error.mean()",
+                  "test_stage_b_loss", "the error is that of eps: hardly any at t = 1"),
     "skips": Row("stage_b.py", "torch.cat([y, *skips], dim=1)",
                  "torch.cat([y, *[0 * one for one in skips]], dim=1)",
                  "test_every_parameter_has_a_gradient",
