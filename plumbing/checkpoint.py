@@ -129,12 +129,15 @@ def load_checkpoint(path, stage):
 
 
 RENAMED = {"head": ("prediction", {"velocity": "v"}), "compressor": ("compressor_preset", {})}
+GONE = {"weight_cap": 0, "weight_floor": 0}                   # with these values nothing is lost
 
 
 def translated(config):
-    """An older config, or one from JSON, with the names (RENAMED) and types of today."""
+    """An older config, or one from JSON, with the names (RENAMED, GONE) and types of today."""
     out = {}
     for name, value in config.items():
+        if name in GONE and value == GONE[name]:
+            continue
         name, values = RENAMED.get(name, (name, {}))
         out[name] = tuple(value) if isinstance(value, list) else values.get(str(value), value)
     return out

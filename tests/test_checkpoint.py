@@ -11,6 +11,7 @@ import stage_a
 import stage_b
 import stage_c
 from plumbing import checkpoint, text, training
+from plumbing.cli import UsageError
 from published import weights
 from test_shapes import TINY_A, TINY_B, TINY_C, shake
 from tests.common import command
@@ -147,9 +148,11 @@ def test_overwritten_file_changes_no_model(saved, tmp_path):
 
 def test_older_names(tmp_path):
     """A Stage B that was saved with `head` and `compressor` loads with `prediction` and
-    `compressor_preset`, and as the same network."""
+    `compressor_preset`, without the bounds of a weight, and as the same network; with such bounds
+    another network computed, so it is refused."""
     for old, new in (("velocity", "v"), ("released", "released")):
-        config = {**asdict(TINY_B), "head": old, "compressor": TINY_B.compressor_preset}
+        config = {**asdict(TINY_B), "head": old, "compressor": TINY_B.compressor_preset,
+                  "weight_cap": 0.0, "weight_floor": 0.0}
         del config["prediction"], config["compressor_preset"]
         model = shake(stage_b.StageB(replace(TINY_B, prediction=new)))
         checkpoint.save_checkpoint(tmp_path / "b.pt", {
@@ -157,3 +160,7 @@ def test_older_names(tmp_path):
         found = stage_b.load(tmp_path / "b.pt")
         assert found.config == model.config
         assert_close(found.state_dict(), model.state_dict(), rtol=0, atol=0)
+        checkpoint.save_checkpoint(tmp_path / "b.pt", {
+            "stage": "B", "config": {**config, "weight_cap": 1e4}, "ema": model.state_dict()})
+        with pytest.raises(UsageError, match="weight_cap"):
+            stage_b.load(tmp_path / "b.pt")
