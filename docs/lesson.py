@@ -242,8 +242,9 @@ sheet(rows, [f"guidance {guidance}" for guidance in (0, 1, 4, 10)], "6_guidance_
 # %% [markdown]
 # ## 7. Who reads the text
 # The first row changes the text that C gets, and B gets the true one; the second row the other
-# way round. What changes in the first row is C's work. In the second next to nothing changes: B
-# draws what the latent says.
+# way round. What changes in the first row is C's work; with shuffled words this seed still has the
+# red star above the blue circle. In the second next to nothing changes: B draws what the latent
+# says.
 
 # %%
 prompt = captions[0]
