@@ -20,7 +20,7 @@ lesson: .venv/ready-dev
 	MPLBACKEND=Agg $(BIN)/python docs/lesson.py
 
 notebook: .venv/ready-dev
-	$(BIN)/jupytext --to ipynb --execute --output lesson.ipynb docs/lesson.py
+	$(BIN)/jupytext --to ipynb --set-kernel python3 --execute --output lesson.ipynb docs/lesson.py
 
 test: .venv/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --durations 5

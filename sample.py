@@ -187,7 +187,7 @@ def options():
     add("--negative", default="", metavar="PROMPT", help="to be led away from")
     add("--batch-size", type=int, default=16, help="pictures drawn at once (16)")
     add("--stages", action="store_true", help="show the steps to one picture")
-    add("--reconstruct", metavar="IMAGE", help="what each stage loses of an image")
+    add("--reconstruct", nargs="+", metavar="IMAGE", help="what each stage loses of images")
     add("--device", choices=("cuda", "mps", "cpu"), help="the first that is there")
     return parser
 

@@ -493,7 +493,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
                                          run.out / "checkpoint.pt", trained, device)
     model = StageB(config).to(device).train()
     if init_from and run.new:                                             # weights, nothing else
-        model.load_state_dict(load(init_from).state_dict())
+        run.begin(model, load(init_from), init_from)
     ema, compressor_ema = (copy.deepcopy(net).eval().requires_grad_(False)
                            for net in (model, compressor))
     compressor = training.synchronised(compressor)      # not its average: one process measures it

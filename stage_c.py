@@ -442,7 +442,7 @@ def train(config, source, out, path_a, path_b, clip=None, init_from=None, path_c
                        text_encoder=encoder.identity)
     model = StageC(config).to(device).train()
     if init_from and run.new:                                             # weights, nothing else
-        model.load_state_dict(load(init_from).state_dict())
+        run.begin(model, load(init_from), init_from)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = training.optimizer(config, [dict(params=[*model.parameters()])])
     batches = data.Stream(dataset, config, device)

@@ -5,16 +5,16 @@
 # pocket/, which know drawings of one or two coloured shapes. Every figure is also written to
 # docs/figures/.
 #
-#     make lesson                  runs all cells: at most five minutes on two CPU cores
+#     make lesson                  runs all cells: about three minutes of one CPU core
 #     make notebook                lesson.ipynb, with the figures in it
 #
 # The cells run in their order.
 
 # %%
 import copy
-import io
 import os
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -24,14 +24,13 @@ sys.path.insert(0, os.getcwd())
 
 import torch
 from matplotlib import pyplot
-from PIL import Image
-from torchvision.transforms.functional import to_tensor
 
 import sample
 import stage_b
 import stage_c
 from experiments.ablate_b import encoded
 from plumbing import pictures, training
+from tools.explain import as_jpeg
 
 begun = time.perf_counter()
 FIGURES = Path("docs/figures")
@@ -83,16 +82,18 @@ def draw(prompts, seed=0, steps=60, guidance=4.0, prompts_b=None, history=None):
 # %%
 sizes = [("picture", 3, 1024), ("Stage A's latent", 4, 256), ("Stage C's latent", 16, 24)]
 figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-for x, (name, channels, side) in zip((0, 1250, 1900), sizes):
+for x, (name, channels, side) in zip((0, 1300, 2000), sizes):
     left.add_patch(pyplot.Rectangle((x, 0), side, side, color="C0"))
-    left.text(x + side / 2, -50, f"{name}\n{channels} x {side} x {side}", ha="center", va="top")
-left.set(xlim=(-60, 2250), ylim=(-330, 1040), aspect="equal", title="sides, to scale")
+    left.text(x + side / 2, -50, f"{name}\n{channels} x {side} x {side}".replace("'s ", "'s\n"),
+              ha="center", va="top")
+left.set(xlim=(-60, 2400), ylim=(-450, 1040), aspect="equal", title="sides, to scale")
 left.axis("off")
 numbers = [channels * side ** 2 for _, channels, side in sizes]
 right.barh([name for name, *_ in sizes], numbers)
 for y, number in enumerate(numbers):
-    right.text(number, y, f" {number:,}: {numbers[0] / number:.0f} : 1", va="center")
-right.set(xlim=(0, 1.5 * numbers[0]), title="numbers")
+    right.text(number, y, f" {number:,}, one in {numbers[0] / number:.0f}" if y else
+               f" {number:,}", va="center")
+right.set(xlim=(0, 1.4 * numbers[0]), xticks=[], title="how many numbers")
 right.invert_yaxis()
 save(figure, "1_sizes")
 
@@ -101,26 +102,15 @@ save(figure, "1_sizes")
 # Stage A's latent has 12 times fewer numbers than the picture. The compressor keeps 144 numbers,
 # 288 bytes as float16: what B draws from them has the right things at the right places, with edges
 # that B made up. JPEG is good at flat drawings: its best quality takes fewer bytes than A's latent.
-# But no JPEG is as small as 288 bytes, and the smallest is farther from the drawing, in blocks.
+# But no JPEG is as small as 288 bytes, and the smallest is farther from this drawing, in blocks.
+# `python sample.py --reconstruct a.png b.png` makes this figure of your pictures.
 
 # %%
 image = images[7:8]
 by_a = chain.a.decode(chain.a.encode(image))
-by_b = stage_b.draw_images(chain, sem[7:8], [""], [0])
-
-
-def as_jpeg(limit):
-    """The JPEG of the best quality within `limit` bytes, or the smallest: -> picture, bytes."""
-    for quality in range(100, 0, -1):
-        file = io.BytesIO()
-        pictures.to_pil(image[0]).save(file, "JPEG", quality=quality, optimize=True)
-        if file.tell() <= limit:
-            break
-    return to_tensor(Image.open(file)), file.tell()
-
-
-small, small_bytes = as_jpeg(0)
-large, large_bytes = as_jpeg(2 * 4 * 32 * 32)                 # within the bytes of A's latent
+by_b = stage_b.draw_images(chain, sem[7:8], [""], [0], guidance=1.0)
+small, small_bytes = as_jpeg(image[0])
+large, large_bytes = as_jpeg(image[0], 2 * 4 * 32 * 32)       # within the bytes of A's latent
 shown = [image[0], by_a[0], by_b[0], large, small]
 names = ("the drawing", "Stage A", "compressor + B + A", "JPEG, best", "JPEG, smallest")
 sizes = (image.numel(), 2 * 4 * 32 * 32, 2 * 16 * 3 * 3, large_bytes, small_bytes)
@@ -130,9 +120,10 @@ sheet([("", shown)], titles, "2_what_is_lost", side=2)
 
 # %% [markdown]
 # ## 3. Noise
-# x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise. In pixels and in A's latent the objects can
-# still be seen at t = .6, because neighbours are alike and the eye averages them. In C's latent
-# neighbours are not alike: at t = .6 most of what is to be seen is noise.
+# x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise. In pixels and in A's latent the circle can
+# still be made out at t = .8, because neighbours are alike and the eye averages them. In C's latent
+# neighbours are not alike: at t = .8 its cells have the colours that they have at t = 1, which is
+# noise.
 
 # %%
 levels = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
@@ -153,8 +144,9 @@ sheet(rows, [f"t = {t}\nalpha_bar {stage_c.alpha_bar(torch.tensor(t)):.4f}" for 
 # ## 4. The A/B head
 # eps_hat = (x_t - A) / |1 - B| starts at eps_hat = x_t. Its error then is (1 - sqrt(1 - a))^2 +
 # a, with a = alpha_bar; a head that starts at eps_hat = 0 has 1, one that starts at v_hat = 0 has
-# a. So A/B starts far better at high noise and worse at low noise. The dashed lines are these
-# formulas, the others the same small network after 140 steps with each head.
+# a. So A/B starts far better than eps at high noise and worse at low noise; v starts below A/B at
+# every t. The dashed lines are these formulas, the others the same small network after 140 steps
+# with each head: A/B and v differ only at t near 1 by then, and eps is behind from t = .3 on.
 
 # %%
 t_axis = torch.linspace(0.02, 1, 25)
@@ -195,13 +187,14 @@ config = stage_c.Config(**vars(stage_c.PRESETS["pocket"]) | dict(width=96, depth
 a = stage_c.alpha_bar(t_axis)
 starts = {"A/B": (1 - (1 - a).sqrt()) ** 2 + a, "eps": torch.ones_like(a), "v": a}
 ab_to_eps, figure = stage_c.ab_to_eps, pyplot.figure(figsize=(7, 4), layout="constrained")
-for colour, (name, start) in enumerate(starts.items()):
+for colour, (name, start) in enumerate(starts.items()):       # A/B wide: v lies upon it
     stage_c.ab_to_eps = ab_to_eps if name == "A/B" else lambda x_t, a, b: b
     torch.manual_seed(0)
     model = (V if name == "v" else stage_c.StageC)(config)
     train(model, 140)
     pyplot.plot(t_axis, start, "--", color=f"C{colour}", alpha=0.6)
-    pyplot.plot(t_axis, error_by_level(model), color=f"C{colour}", label=name)
+    pyplot.plot(t_axis, error_by_level(model), color=f"C{colour}", label=name,
+                linewidth=4 if name == "A/B" else 1.5)
 stage_c.ab_to_eps = ab_to_eps
 pyplot.gca().set(yscale="log", xlabel="t", ylabel="error of eps_hat",
                  title="at initialisation (dashed) and after 140 steps")
@@ -213,7 +206,7 @@ save(figure, "4_heads")
 # The loss is weighted by p2(t), as a function of the signal-to-noise ratio. The paper's form is 1
 # / (1 + 2 SNR), the released code's 1 / (1 + SNR). As draw_t draws t, its quarters carry the
 # shares on the right: with the paper's form the last quarter, where the subject is decided, has
-# 62 %.
+# 62 %. Without a weight it has 31 %, because draw_t draws t = 1 for 7.5 % of the samples.
 
 # %%
 t = stage_c.draw_t(400_000)
@@ -226,10 +219,11 @@ for place, form in enumerate(("paper", "released", "none")):
     shares = [weight[(t > low) & (t <= low + 0.25)].sum() / weight.sum()
               for low in (0, 0.25, 0.5, 0.75)]
     bars = right.bar(torch.arange(4) + 0.28 * (place - 1), shares, width=0.26, label=form)
-    right.bar_label(bars, [f"{share:.3f}" for share in shares], fontsize=7)
+    right.bar_label(bars, [f"{share:.0%}" for share in shares], fontsize=9)
 left.set(xscale="log", xlabel="SNR = alpha_bar / (1 - alpha_bar)", ylabel="p2")
 right.set(xticks=range(4), xticklabels=["t < .25", "< .5", "< .75", "to 1"],
           ylabel="share of the loss's weight")
+right.set_ylim(0, 0.7)
 left.legend()
 save(figure, "5_p2")
 
@@ -248,8 +242,9 @@ sheet(rows, [f"guidance {guidance}" for guidance in (0, 1, 4, 10)], "6_guidance_
 # %% [markdown]
 # ## 7. Who reads the text
 # The first row changes the text that C gets, and B gets the true one; the second row the other
-# way round. What changes in the first row is C's work. In the second next to nothing changes: B
-# draws what the latent says.
+# way round. What changes in the first row is C's work; with shuffled words this seed still has the
+# red star above the blue circle. In the second next to nothing changes: B draws what the latent
+# says.
 
 # %%
 prompt = captions[0]
@@ -279,14 +274,15 @@ sheet([("C's latent", pictures.latent_picture(some)), ("drawn by B", drawn),
 
 # %% [markdown]
 # ## 9. A training of Stage C
-# A Stage C a fifth of pocket's size, 300 steps. Its average (EMA) draws the same three prompts
-# from the same noise at five moments. Backgrounds and places come first, then colours, then
-# shapes.
+# A Stage C with a seventh of pocket's parameters, 1,500 steps. Its average (EMA) draws the same
+# three prompts from the same noise at five moments. The colours are the prompt's by step 300 or
+# 700, which thing has which colour and stands where by step 1,500. How many things there are is
+# not learned yet, as the second green square says, nor are shapes.
 
 # %%
 torch.manual_seed(0)
 model, strip, record = stage_c.StageC(config), [], []
-ema, MOMENTS = copy.deepcopy(model), (10, 40, 100, 200, 300)
+ema, MOMENTS = copy.deepcopy(model), (10, 100, 300, 700, 1500)
 
 
 def look(step, t, error):
@@ -296,20 +292,22 @@ def look(step, t, error):
     if step + 1 in MOMENTS:
         with torch.no_grad():
             latents = stage_c.ddpm_sample(
-                ema, (3, 16, 3, 3), chain.text_c(captions), null_text, 20,
+                ema, (3, 16, 3, 3), chain.text_c(captions), null_text,
                 generator=stage_b.generators([0, 1, 2]))
             strip.append(stage_b.draw_images(chain, latents, captions, [0, 1, 2]))
 
 
 train(model, MOMENTS[-1], look)
-sheet([(prompt.replace(" ", "\n", 2), [moment[i] for moment in strip])
+sheet([(textwrap.fill(prompt, 14), [moment[i] for moment in strip])
        for i, prompt in enumerate(captions)],
       [f"step {moment}" for moment in MOMENTS], "9_training")
 
 # %% [markdown]
 # ## 10. Its loss by noise level
-# The error falls at t near 1 first. At t below .25 it starts above 1, because the A/B head starts
-# with eps_hat = x_t, and falls last. The mean of all of them says little.
+# The A/B head starts with eps_hat = x_t. At t below .25 that is signal, so the error starts above
+# 1; near t = 1 it is noise, so the error starts at .04, and rises before it falls. In the middle it
+# falls most, to a tenth. In the last third all fall faster, because the learning rate does. The
+# mean of the four says little: it is most of all the highest line's.
 
 # %%
 figure = pyplot.figure(figsize=(7, 4), layout="constrained")
@@ -317,6 +315,6 @@ for quarter, label in enumerate(("t < .25", "< .5", "< .75", "to 1")):
     points = [training.by_level([(t, error) for _, t, error in record[i:i + 10]])[quarter]
               for i in range(0, len(record), 10)]
     pyplot.plot(range(10, len(record) + 1, 10), points, label=label)
-pyplot.gca().set(yscale="log", xlabel="step", ylabel="error of eps_hat")
-pyplot.legend()
+pyplot.gca().set(xscale="log", yscale="log", xlabel="step", ylabel="error of eps_hat")
+pyplot.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 save(figure, "10_loss_by_level")

@@ -509,7 +509,8 @@ def plot(report, path):
         1, 2, figsize=(13, max(4, 1 + 0.25 * len(bars))), layout="constrained")
     left.barh([name for name, _ in bars], [value for _, value in bars], color="#888")
     left.invert_yaxis()
-    left.set(xscale="log", xlabel="images/s (more is better)", title="training and reading")
+    left.set(xscale="log" if bars else "linear",        # a log axis needs something on it
+             xlabel="images/s (more is better)", title="training and reading")
     for name, points in lines.items():
         batches, seconds_each = zip(*sorted(points))
         right.plot(batches, seconds_each, marker="o", label=name,

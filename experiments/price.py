@@ -111,6 +111,10 @@ def of_vae(pixels):
 
 # ---- trainings: rows of (samples, operations that learn, operations of frozen networks) ----------
 
+def samples(config):
+    return config.steps * config.batch_size * config.accumulate
+
+
 def training_of_c(name):
     """Stage C's four phases (E.3), by the network of a preset of stage_c.py."""
     config, rows = stage_c.PRESETS[name], []
@@ -128,7 +132,7 @@ def paper():
         n * (of_a("paper", pixels) + of_text("clip-h")))
         for pixels, n in ((pixels, steps * batch) for pixels, steps, batch in PHASES_B)))))
     a, base = stage_a.PRESETS["paper"], baseline_ldm.PRESETS["paper"]
-    n_a, n = a.steps * a.batch_size, base.steps * base.batch_size
+    n_a, n = samples(a), base.steps * base.batch_size
     return {
         "Stage A (E.1)": (n_a, 3 * n_a * of_a("paper", a.crop, decoder=True), 0),
         "Stage B and compressor (E.2)": b,
@@ -142,7 +146,7 @@ def pocket(drawings=20_000):
     """The same of `make pocket`, without its text tower. B and C encode each drawing once."""
     from pocket import teach
     a, b, c = (stage.PRESETS["pocket"] for stage in (stage_a, stage_b, stage_c))
-    n_a, n_t, n_b, n_c = (one.steps * one.batch_size for one in (a, teach.CONFIG, b, c))
+    n_a, n_t, n_b, n_c = map(samples, (a, teach.CONFIG, b, c))
     side = b.image_size * 3 // 128
     frozen = drawings * (of_compressor("pocket", side, side) + of_text("pocket"))
     return {

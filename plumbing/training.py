@@ -255,11 +255,22 @@ class Run:
         if differ:
             keep, rest = divmod(then[BATCH], self.config.batch_size * world())
             differ[-1] += f"; --accumulate {keep} keeps the batch" * (not rest)
+            anew = (f"`--init-from {path} --out {self.out}-2` to begin a new run with its weights, "
+                    if self.stage != "A" else "")
             raise cli.UsageError(f"{path}: this run was started with another configuration "
                                  f"({'; '.join(differ)}); give the old values to go on with it, "
-                                 "or another --out to start anew")
+                                 f"{anew}or another --out to start anew")
         self.say(f"going on from {path} at step {state['step']}")
         return state
+
+    @staticmethod
+    def begin(model, trained, path):
+        """Give `model` the weights of `trained`, which is from `path`. Raises UsageError."""
+        try:
+            model.load_state_dict(trained.state_dict())
+        except RuntimeError as error:                         # a line for each tensor
+            raise cli.UsageError(f"--init-from {path}: has another network than these settings "
+                                 f"make ({str(error).splitlines()[1].strip()})") from None
 
     def restore(self, **parts):
         """parts: all that must survive a stop; each has state_dict() and load_state_dict()."""

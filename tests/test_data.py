@@ -374,7 +374,9 @@ def test_commands_shapes_and_look(tmp_path):
 @pytest.mark.parametrize("main, arguments, sentence", [
     (look.main, ["{}/gone"], "found 1 x missing shard.*expected"),
     (look.main, ["a.tar", "b.tar"], "put it in quotes"),
-    (look.main, ["{}", "--out", "{}/no/look.png"], "No such file or directory.*no/look.png"),
+    (look.main, ["{}", "--out", "{}/no/look.png"], "no/look.png: expected a folder/, or a file"),
+    (look.main, ["{}", "--out", "{}/look.unknown"], "look.unknown: expected .* ends in .png"),
+    (look.main, ["{}", "--out", "{}"], "is a folder, expected a file"),
     (pack.main, ["{}", "--out", "{}/new", "--per-shard", "10001"], "10001: expected 1 to 10000"),
     (pack.main, ["{}", "--out", "{}/new"], "holds shards already.*expected"),
     (shapes.main, ["--out", "{}", "--count", "31"], "holds other data.*expected"),

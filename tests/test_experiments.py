@@ -120,6 +120,15 @@ def test_why_a_backward_pass_is_not_counted():
         "counts well now, experiments/price.py can use its count")
 
 
+def test_plot_without_a_training_or_a_sampling(tmp_path):
+    """`efficiency --parts recipe`, and `--parts sample`, have no bars: the picture is written."""
+    from experiments import efficiency
+    rows = {"128 px, batch 1": {"eager": {"images_per_second": 2.0}}}
+    for name, entry in ("recipe", {"price": "a table"}), ("sample", {"sample": rows}):
+        efficiency.plot({name: entry}, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
 @pytest.mark.slow
 def test_price_of_the_papers_recipe():
     """E.2 to E.4 in total: what a count by hand gave, and the samples that the phases add up to."""
@@ -129,6 +138,7 @@ def test_price_of_the_papers_recipe():
     assert learns["Stage C, E.3's network"] == pytest.approx(9.5e20, rel=0.01)
     assert learns["Stage C, released network"] == pytest.approx(2.71e21, rel=0.01)
     assert learns["Baseline LDM (E.4)"] == pytest.approx(9.1e20, rel=0.01)
+    assert rows["Stage A (E.1)"][0] == 128_000_000
     assert rows["Stage B and compressor (E.2)"][0] == 272_384_000
     assert rows["Stage C, released network"][0] == 1_349_376_000
     text = price.report("pocket", {"C": {"eager": {"seconds": 1.8}}})

@@ -1,6 +1,8 @@
 """The chain C -> B -> A as a command and in a process."""
 
+import io
 import json
+import re
 
 import pytest
 import torch
@@ -33,8 +35,8 @@ def test_sample_command_line(chain, tmp_path):
     assert about["seed"] == 5 and about["steps_c"] == 3
 
 
-def test_sample_in_process(chain, tmp_path, capsys):
-    """--prompts, --n, --stages, --reconstruct and both starts each write their picture."""
+def test_sample_in_process(chain, tmp_path):
+    """--prompts, --n, --stages and both starts each write their picture."""
     quick = ["--weights", str(chain), "--steps-c", "2", "--steps-b", "2",
              "--out", str(tmp_path / "x.png")]
     (tmp_path / "prompts.txt").write_text("a red star\n\na blue circle\n")
@@ -42,9 +44,29 @@ def test_sample_in_process(chain, tmp_path, capsys):
                  "--start", "gaussian", *quick])
     assert Image.open(tmp_path / "x.png").size[0] == 2 * 132 + 4
     sample.main(["a red star", "--stages", *quick])
-    Image.effect_noise((200, 130), 50).convert("RGB").save(tmp_path / "in.png")
-    sample.main(["--reconstruct", str(tmp_path / "in.png"), *quick])
-    assert "dB" in capsys.readouterr().out
+    assert Image.open(tmp_path / "x.png").size[0] == 5 * 132 + 4
+
+
+def test_reconstruct(chain, tmp_path, capsys, monkeypatch):
+    """--reconstruct: a row for each image, with bytes and PSNR through A, through compressor, B and
+    A at guidance 1, and as JPEG, whose bytes are those of Pillow's smallest file."""
+    files, guided, draw = [], [], stage_b.draw_images
+    for size in (256, 128), (128, 128):
+        files.append(str(tmp_path / f"{size[0]}.png"))
+        Image.effect_noise(size, 50).convert("RGB").save(files[-1])
+    monkeypatch.setattr(stage_b, "draw_images",
+                        lambda *given: guided.append(given[5]) or draw(*given))
+    sample.main(["--reconstruct", *files, "--weights", str(chain), "--steps-b", "2", "--out",
+                 str(tmp_path / "x.png")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "dB" in line]
+    sizes = [[int(one.replace(",", "")) for one in re.findall(r"([\d,]+) bytes", line)]
+             for line in lines]
+    for path, found, squares in zip(files, sizes, (2, 1)):
+        file = io.BytesIO()
+        Image.open(path).save(file, "JPEG", quality=1, optimize=True)
+        assert found == [squares * 2 * 4 * 32 * 32, squares * 2 * 16 * 3 * 3, file.tell()]
+    sheet = Image.open(tmp_path / "x.png")
+    assert guided == [1, 1] and sheet.width >= 4 * 256 and sheet.height >= 2 * 128, sheet.size
 
 
 def test_same_seed_same_picture(chain):

@@ -174,6 +174,10 @@ def test_another_config_is_refused(chain, drawings, tmp_path):
         stage_a.train(half, drawings, tmp_path)
     stage_a.train(replace(half, accumulate=2), drawings, tmp_path)        # the same batch: allowed
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    c, more = chain / "stage_c", (drawings, chain / "stage_c", chain / "stage_a/checkpoint.pt",
+                                  chain / "stage_b/checkpoint.pt")
+    with pytest.raises(UsageError, match=f"`--init-from {c}/checkpoint.pt --out {c}-2` to begin"):
+        stage_c.train(replace(TINY_C, lr=0.5), *more)
 
 
 def test_discriminator_starts_at_its_step(drawings, tmp_path):
@@ -230,6 +234,9 @@ def test_init_from_is_not_resuming(chain, drawings, tmp_path):
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     before = torch.load(chain / "stage_c/checkpoint.pt", weights_only=True)
     same(state["model"], before["ema"], "model")
+    with pytest.raises(UsageError, match="checkpoint.pt: has another network than these settings"):
+        stage_c.train(replace(TINY_C, depth=TINY_C.depth + 1), drawings, tmp_path / "deep", *paths,
+                      init_from=chain / "stage_c/checkpoint.pt")
     adamw = state["optimizer"].get(0, state["optimizer"])                 # the other is Muon's
     assert state["step"] == 1 and adamw["state"][0]["step"] == 1
 

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+import sample
 from plumbing import cli, pictures, text
 from plumbing.cli import UsageError
 from sources.captions import caption_of
@@ -111,6 +112,8 @@ def main(argv=None):
     if len(given.source) > 1:
         raise UsageError(f"look takes one source but got {len(given.source)}, as when the shell "
                          "expands a pattern; put it in quotes.")
+    if sample.check_out(given.out):
+        raise UsageError(f"--out {given.out}: is a folder, expected a file")
     look(given.source[0], given.out)
 
 
