@@ -216,15 +216,19 @@ def main(argv=None):
     how = {name: getattr(settings, name) for name in ("size", "steps_c", "guidance_c", "negative",
                                                       "steps_b", "guidance_b", "start")}
     jobs, images = [prompt for prompt in prompts for _ in range(settings.n)], []
+    ended = None                                              # by what
     seeds = range(settings.seed, settings.seed + len(jobs))
     if settings.reconstruct:
         images = [explain.reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)]
     elif settings.stages:
         images = [explain.picture_of_steps(chain, prompts[0], settings.seed, how)]
     else:
-        for first in tqdm(range(0, len(jobs), settings.batch_size), unit="batch"):
-            some = slice(first, first + settings.batch_size)
-            images += chain.draw(jobs[some], seeds[some], **how)
+        try:
+            for first in tqdm(range(0, len(jobs), settings.batch_size), unit="batch"):
+                some = slice(first, first + settings.batch_size)
+                images += chain.draw(jobs[some], seeds[some], **how)
+        except (Exception, KeyboardInterrupt) as error:       # what was drawn before it is kept
+            ended = error
     if len(images) > 1 and not folder:
         images = [pictures.grid(images, settings.n if settings.n > 1 else min(8, len(jobs)), jobs)]
     about = {name: value for name, value in vars(settings).items()
@@ -234,7 +238,9 @@ def main(argv=None):
             about |= dict(seed=seeds[number], n=1)
         save(image, Path(settings.out, f"{number:04d}.png") if folder else settings.out,
              dict(about, prompts=[jobs[number]] if len(images) > 1 else prompts))
-    print(settings.out)
+    print(*[settings.out] * bool(images))
+    if ended:
+        raise ended
 
 
 if __name__ == "__main__":

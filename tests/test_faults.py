@@ -504,6 +504,23 @@ def test_picture_is_never_lost(name, about, tmp_path):
     os.remove(kept)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("out", ["x.png", "x/"])
+def test_pictures_of_earlier_batches_are_kept(out, error, tmp_path, monkeypatch, capsys):
+    """Where a batch fills the memory, or Ctrl-C ends it, the pictures before it are written."""
+    def draw(self, prompts, seeds, **how):
+        if "b" in prompts:
+            raise error
+        return [Image.new("RGB", (8, 8), "red") for _ in prompts]
+    monkeypatch.setattr(sample.Chain, "draw", draw)
+    with pytest.raises(type(error)):
+        sample.main(["a", "a", "b", "--batch-size", "2", "--out", f"{tmp_path}/{out}"])
+    found = sorted(tmp_path.rglob("*.png"))
+    assert [one.name for one in found] == (["x.png"] if out == "x.png" else
+                                           ["0000.png", "0001.png"])
+    assert capsys.readouterr().out.strip() == f"{tmp_path}/{out}"
+
+
 def test_prompt_that_is_no_text():
     with pytest.raises(UsageError, match="the prompt: expected UTF-8"):
         sample.main(["a \udcff star"])
