@@ -39,6 +39,8 @@ def restored(tensors):
 
 def provenance(state):
     """How this stage was trained: its command, and those of the runs it began with."""
+    if "provenance" in state:                                             # shipped before
+        return state["provenance"]
     return dict(command=state["command"], before=state["before"],
                 steps=state["step"], samples=state["samples"], data="pocket/shapes.py, seed 0",
                 seed=state["config"]["seed"], date=date.today().isoformat(),
