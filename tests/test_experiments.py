@@ -228,6 +228,8 @@ def test_classes_in_place_of_captions(chain, drawings, tmp_path, monkeypatch, ca
     one, other = (sample.draw_latents(loaded, [prompt], [0], 128, 128, steps=2)
                   for prompt in ("red star", "blue circle"))
     assert one.shape == (1, 16, 3, 3) and not torch.equal(one, other), "the class changes nothing"
+    sample.main(["red star", "--weights", str(tmp_path), "--stage-a", str(stages[0]), "--stage-b",
+                 str(stages[1]), "--steps-c", "2", "--steps-b", "2", "--out", f"{tmp_path}/x.png"])
 
 
 def test_plot(tmp_path):
