@@ -179,7 +179,9 @@ def figure(rows, path):
                   for model in ("LDM", "C"))
         if ldm < 0.98 * c:
             panel.set_title(f"LDM at C's {c:.0f} TFLOP: not measured", fontsize=10)
-        panel.set(xlabel=f"TFLOP of {label}", xscale="log", ylim=(0, None))
+        panel.set(xlabel=f"TFLOP of {label}", ylim=(0, None))
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:.0f}")
         panel.grid(alpha=0.3)
     sheet.axes[0].set_ylabel("prompts right, %, with 95 % bands")
     sheet.axes[0].legend(fontsize=8)
