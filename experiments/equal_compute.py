@@ -39,6 +39,7 @@ from pocket import shapes
 PRESETS = {"ldm": baseline_ldm.PRESETS["pocket"], "c": stage_c.PRESETS["pocket"]}
 SHARES = (8, 4, 2, 1)                          # parts of the budget: 1/8, …
 GUIDANCE = (1.0, 2.0, 4.0)
+FIELDS = dict(run=str, steps=int, seed=int, way=str, right=int, n=int, tflop=float, tflop_all=float)
 WAYS = {"C + B + A": "tab:blue", "C + B without text + A": "tab:cyan", "LDM + A": "tab:orange"}
 
 
@@ -163,7 +164,10 @@ def measure(folder, settings):
 
 def figure(rows, path):
     """Rows of --results -> the figure, saved at `path`: prompts right against operations."""
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("matplotlib is not installed: pip install matplotlib") from None
     sheet = Figure(figsize=(11, 4.5), layout="constrained")
     for axis, panel, label in zip(("tflop", "tflop_all"), sheet.subplots(1, 2, sharey=True),
                                   ("the text model alone", "all that is trained and run")):
@@ -189,9 +193,12 @@ def figure(rows, path):
 
 
 def curve(settings):
+    settings.results.parent.mkdir(parents=True, exist_ok=True)
     kept = settings.results.read_text().splitlines() if settings.results.exists() else []
-    rows = [json.loads(line) for line in kept]
+    rows = [cli.read_json(settings.results, FIELDS, line) for line in kept]
     known = {(row["run"], row["steps"], row["n"]) for row in rows}
+    if lacking := [str(run) for run in settings.runs if not [*run.glob("[0-9]" * 6)]]:
+        raise UsageError(f"{lacking[0]}: expected the --out of `equal_compute train`")
     for folder in sorted(one for run in settings.runs for one in run.glob("[0-9]" * 6)):
         model, steps = taken(folder)
         if steps < int(folder.name):

@@ -245,8 +245,11 @@ def test_figure_of_equal_compute(tmp_path, capsys):
     equal_compute.main(["curve", "--results", str(tmp_path / "rows.jsonl"),
                         "--figure", str(tmp_path / "f.png")])
     assert (tmp_path / "f.png").stat().st_size > 10_000
-    with pytest.raises(UsageError, match="no results"):
-        equal_compute.main(["curve", "--results", str(tmp_path / "none.jsonl")])
+    (tmp_path / "damaged.jsonl").write_text('{"run": "r"')
+    for name, runs, words in (("none", [], "no results"), ("damaged", [], "found no JSON"),
+                              ("none", [str(tmp_path)], "expected the --out of")):
+        with pytest.raises(UsageError, match=words):
+            equal_compute.main(["curve", *runs, "--results", str(tmp_path / f"{name}.jsonl")])
 
 
 @pytest.mark.slow
