@@ -12,12 +12,23 @@ Of Stage B's blocks, without the compressor's latent. What E.4 leaves open, and 
 
 So read it has .895 B parameters; the paper says .99 B. In the other direction it has .70 B; with
 attention to t 1.16 and .90 B. No reading tried gives .99.
+
+experiments/equal_compute.py trains the pocket size and compares it with C + B + A.
 """
 
+import copy
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
 
+import data
+import sample
+import stage_a
+import stage_b
+import stage_c
+from plumbing import checkpoint, pictures, training
+from plumbing.text import text_encoder
 from stage_b import (AttnBlock, LayerNorm2d, ResBlock, TimestepBlock, alpha_bar,
                      timestep_embedding)
 
@@ -37,12 +48,27 @@ class Config:
     batch_size: int = 1280                     # paper, E.4
     image_size: int = 512                      # paper, §4
     text_drop: float = 0.05                    # paper, E.4
+    lr: float = 1e-4                           # paper, E.4
+    warmup: int = 10_000                       # paper, E.4
+    muon: bool = False                         # paper, E.4: AdamW; pocket: as Stage C
+    cooldown: int = 0                          # this and what follows: as Stage C
+    accumulate: int = 1
+    grad_clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    workers: int = 8
+    log_every: int = 100
+    preview_every: int = 5000
+    save_every: int = 1000
 
 
 PRESETS = {
     "paper": Config(),
+    # ours; batch: so that as many steps as Stage C's are as many operations
     "pocket": Config(widths=(48, 96, 160), heads=(2, 3, 5), down=(1, 1, 2), up=(2, 1, 1),
-                     text_width=128, cond_width=64, dropout=0.0, image_size=128)}
+                     text_width=128, cond_width=64, dropout=0.0, image_size=128, batch_size=44,
+                     lr=4e-3, muon=True, warmup=100, workers=1, log_every=20, preview_every=500,
+                     save_every=100)}
 
 
 class LDM(nn.Module):
@@ -93,7 +119,10 @@ class LDM(nn.Module):
         nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
         nn.init.zeros_(self.clf[1].weight)
 
-    def forward(self, x_t, t, text):
+    def precompute(self, text):                # as stage_c.ddpm_sample calls it
+        return None
+
+    def forward(self, x_t, t, text, precomputed=None):
         t_embedding = timestep_embedding(t, self.config.timestep_width)
         text = self.text_mapper(text)
         a_bar = alpha_bar(t)[:, None, None, None]
@@ -107,10 +136,78 @@ class LDM(nn.Module):
                 else:
                     x = layer(x, None, text) if isinstance(layer, AttnBlock) else layer(x)
             return x
-        x, skips = self.embedding(x_t) * a_bar.sqrt(), []                 # ours: as pocket's B
+        x, skips = self.embedding(x_t), []
         for layers in self.down_blocks:
             x = run_level(x, layers)
             skips.append(x)
         for layers, skip in zip(self.up_blocks, [(), *([one] for one in skips[-2::-1])]):
             x = run_level(x, layers, skip)
         return (1 - a_bar).sqrt() * x_t + a_bar.sqrt() * self.clf(x).float()   # v, as pocket's B
+
+
+def loss(model, x_0, text):
+    """-> scalar, t, error of eps (B,). E.4 names no loss; this, v's error (Salimans & Ho, 2022),
+    was better than pocket Stage B's for such blocks on these latents: docs/findings.md.
+    """
+    t, noise = stage_b.draw_t(len(x_0), x_0.device), torch.randn_like(x_0)
+    eps_hat = model(stage_b.diffuse(x_0, t, noise), t, text)              # (B, 4, H, W)
+    error = (eps_hat - noise).square().mean((1, 2, 3))
+    return (error / alpha_bar(t)).mean(), t, error.detach()
+
+
+@torch.no_grad()
+def draw(model, a, encoder, prompts, seeds, guidance, steps=60):
+    """Prompts -> images (B, 3, H, W), about [0, 1], by Stage C's sampler."""
+    side = model.config.image_size // 4
+    latents = stage_c.ddpm_sample(
+        model, (len(prompts), model.config.latent_channels, side, side), encoder(prompts),
+        encoder([""]), steps, guidance, generator=stage_b.generators(seeds))
+    return a.decode(a.unstandardise(latents))
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def train(config, source, out):
+    """Train the pocket baseline on captioned drawings. Goes on by itself if `out` holds a run."""
+    from experiments import price                                         # which counts this file
+    device = training.setup(config.seed)
+    a, encoder = stage_a.load(sample.POCKET["a"], device), text_encoder("pocket", None, device)
+    null_text = encoder([""])
+    work = 3 * price.of_baseline("pocket", config.image_size)              # of one picture
+
+    def targets(batch):
+        x_0 = a.standardise(a.encode(batch["images"].to(device)).float())   # (B, 4, 32, 32)
+        return x_0, encoder(batch["captions"])
+    dataset = data.remember(data.CaptionedImages(
+        source, resize=config.image_size, crop=config.image_size, center=True), targets,
+        label="Stage A latents and text tokens")
+    captions = next(data.stream(dataset, 8))["captions"]
+
+    run = training.Run("LDM", config, out, device, samples=len(dataset),
+                       stage_a=checkpoint.checksum(a.state_dict()), text_encoder=encoder.identity)
+    model = LDM(config).to(device).train()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = training.optimizer(config, [dict(params=[*model.parameters()])])
+    batches = data.Stream(dataset, config, device)
+    run.restore(model=model, ema=ema, optimizer=optimizer, batches=batches)
+    for step in run.steps():
+        x_0, text = (part.to(device) for part in next(batches)["remembered"])
+        with training.autocast(device):
+            value, t, error = loss(model, x_0, stage_c.drop_text(text, null_text, config.text_drop))
+        run.note(t, error)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        grad = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        lr = training.learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if run.finite(grad):
+            optimizer.step()
+            training.ema_update(ema, model, step, config.ema)
+        samples = (step + 1) * config.batch_size
+        run.log(loss=value, grad=grad, lr=lr, samples=samples, tflop=samples * work / 1e12)
+        if run.due("preview"):
+            drawn = draw(ema, a, encoder, captions, range(len(captions)), 4.0, steps=20)
+            pictures.grid(drawn.cpu(), 4, captions).save(run.preview)
+        if run.due("save"):
+            run.save()

@@ -9,7 +9,7 @@ import torch
 
 from plumbing.cli import UsageError
 from pocket import shapes
-from tests.common import command
+from tests.common import command, same_checkpoint
 
 
 def drawn(scene, noise):
@@ -166,6 +166,102 @@ def test_baseline_ldm():
     assert not silent, f"no gradient reaches {silent}"
 
 
+def test_baseline_resumes_exactly(drawings, tmp_path):
+    """Two steps of a small baseline, and one step, a stop and one more: the same checkpoint."""
+    from experiments import baseline_ldm
+    config = dataclasses.replace(
+        baseline_ldm.PRESETS["pocket"], widths=(16, 16), heads=(1, 2), down=(1, 1), up=(1, 1),
+        steps=2, batch_size=4, save_every=1, log_every=1)
+    for steps, out in (2, "one"), (1, "two"), (2, "two"):
+        baseline_ldm.train(dataclasses.replace(config, steps=steps), drawings, tmp_path / out)
+    same_checkpoint(tmp_path / "one/checkpoint.pt", tmp_path / "two/checkpoint.pt")
+    last = json.loads((tmp_path / "two/log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 and last["samples"] == 8 and last["skipped"] == 0
+
+
+@pytest.mark.slow
+def test_shares_of_a_budget_are_runs_of_their_own(drawings, tmp_path, monkeypatch):
+    """A branch of the trunk is, to the bit, the run that its config trains from the first step; a
+    second call trains nothing; a larger budget goes on with the trunk.
+    """
+    from experiments import baseline_ldm, equal_compute
+    config = dataclasses.replace(
+        baseline_ldm.PRESETS["pocket"], widths=(16, 16), heads=(1, 2), down=(1, 1), up=(1, 1),
+        steps=8, cooldown=4, batch_size=4, warmup=1)
+    monkeypatch.setattr(baseline_ldm, "draw", lambda *_, **__: torch.zeros(8, 3, 8, 8))
+    equal_compute.train("ldm", config, drawings, tmp_path / "run")
+    assert sorted(one.name for one in (tmp_path / "run").iterdir()) == [
+        "000001", "000002", "000004", "000008", "trunk"]
+    alone = dataclasses.replace(config, steps=4, cooldown=2)
+    baseline_ldm.train(alone, drawings, tmp_path / "alone")
+    branch = tmp_path / "run/000004/checkpoint.pt"
+    same_checkpoint(tmp_path / "alone/checkpoint.pt", branch)
+    before = branch.stat().st_mtime_ns
+    equal_compute.train("ldm", config, tmp_path / "no drawings", tmp_path / "run")
+    assert branch.stat().st_mtime_ns == before
+    equal_compute.train("ldm", dataclasses.replace(config, steps=12, cooldown=6), drawings,
+                        tmp_path / "run")
+    assert equal_compute.taken(tmp_path / "run/trunk") == ("ldm", 6)
+    assert equal_compute.taken(tmp_path / "run/000012") == ("ldm", 12)
+    assert not (tmp_path / "run/000003").exists(), "its decay begins before the trunk's end"
+
+
+def test_budget_of_operations():
+    """By hand: so many steps of so many pictures, three forward passes each; what is beside."""
+    from experiments import equal_compute, price
+    forward = price.of_baseline("pocket", 128)
+    config = equal_compute.budget("ldm", tflop=3 * forward * 44 * 100 / 1e12)
+    assert config.steps == 100 and config.cooldown == 35
+    c = equal_compute.budget("c", seed=1)
+    assert (c.steps, c.cooldown, c.seed) == (2000, 700, 1)
+    ldm = equal_compute.budget("ldm")
+    assert equal_compute.operations("ldm", ldm.steps * 44) == pytest.approx(
+        equal_compute.operations("c", 2000 * 128), rel=3e-4)
+    total = sum(sum(row[1:]) for row in price.pocket().values())
+    assert equal_compute.before("c") + equal_compute.operations("c", 256_000) == total
+
+
+@pytest.mark.slow
+def test_equal_compute_command(drawings, tmp_path, monkeypatch, capsys):
+    """Baseline and Stage C train for a budget, and the curve has a row for each way, kept once."""
+    from experiments import baseline_ldm, equal_compute
+    monkeypatch.setattr(equal_compute, "SHARES", (1,))
+    monkeypatch.setattr(equal_compute, "PRESETS", {
+        "ldm": dataclasses.replace(baseline_ldm.PRESETS["pocket"], batch_size=4),
+        "c": dataclasses.replace(equal_compute.PRESETS["c"], batch_size=4)})
+    for model in equal_compute.PRESETS:
+        one = equal_compute.operations(model, 4) / 1e12
+        equal_compute.main(["train", model, "--tflop", str(2 * one), "--data", str(drawings),
+                            "--out", str(tmp_path / model)])
+        assert equal_compute.taken(tmp_path / model / "000002") == (model, 2)
+    for _ in range(2):
+        equal_compute.main(["curve", str(tmp_path / "ldm"), str(tmp_path / "c"), "--n", "2",
+                            "--tries", "1", "--results", str(tmp_path / "rows.jsonl"),
+                            "--figure", str(tmp_path / "f.png")])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert sorted(row["way"] for row in rows) == sorted(equal_compute.WAYS)
+    assert all(row["steps"] == row["n"] == 2 and 0 <= row["right"] <= 2 for row in rows)
+    with pytest.raises(UsageError, match="expected at least 1,"):
+        equal_compute.main(["train", "c", "--tflop", str(one / 9), "--data", str(drawings)])
+
+
+def test_figure_of_equal_compute(tmp_path, capsys):
+    """Rows that are kept make the figure without a run; a budget that nobody trained is named."""
+    from experiments import equal_compute
+    rows = [dict(way=way, run="r", seed=seed, steps=1, n=200, right=9 * n, tflop=n, guidance=4.0,
+                 tflop_all=n + (250 if way[0] == "C" else 34))
+            for way in equal_compute.WAYS for seed in (0, 1) for n in (1, 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    equal_compute.main(["curve", "--results", str(tmp_path / "rows.jsonl"),
+                        "--figure", str(tmp_path / "f.png")])
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+    (tmp_path / "damaged.jsonl").write_text('{"run": "r"')
+    for name, runs, words in (("none", [], "no results"), ("damaged", [], "found no JSON"),
+                              ("none", [str(tmp_path)], "expected the --out of")):
+        with pytest.raises(UsageError, match=words):
+            equal_compute.main(["curve", *runs, "--results", str(tmp_path / f"{name}.jsonl")])
+
+
 @pytest.mark.slow
 def test_rivals_have_their_published_sizes():
     """diffusers' classes with the settings of SD 2.1 and SDXL: the published models' parameters."""
@@ -228,6 +324,8 @@ def test_classes_in_place_of_captions(chain, drawings, tmp_path, monkeypatch, ca
     one, other = (sample.draw_latents(loaded, [prompt], [0], 128, 128, steps=2)
                   for prompt in ("red star", "blue circle"))
     assert one.shape == (1, 16, 3, 3) and not torch.equal(one, other), "the class changes nothing"
+    sample.main(["red star", "--weights", str(tmp_path), "--stage-a", str(stages[0]), "--stage-b",
+                 str(stages[1]), "--steps-c", "2", "--steps-b", "2", "--out", f"{tmp_path}/x.png"])
 
 
 def test_plot(tmp_path):
