@@ -19,7 +19,7 @@ Architecture and attribute names follow the published v2 decoder (dome272/Wuerst
 DiffNeXt). Its training was never published; the training here follows the paper.
 
     python stage_b.py --data shards/                         paper size, for a GPU
-    python stage_b.py --data shards/shapes --preset pocket   two CPU cores, 1,000 steps in 6 minutes
+    python stage_b.py --data shards/shapes --preset pocket   one CPU core, 1,000 steps in 8 minutes
 """
 
 import copy
