@@ -46,8 +46,9 @@ def same(one, two, where):
 
 
 def same_checkpoint(one, two):
-    """Two checkpoints agree in all: weights, EMA, optimizers, random numbers, data position."""
-    one, two = (torch.load(path, weights_only=True) for path in (one, two))
+    """Two checkpoints agree in all: weights, EMA, optimizers, random numbers, data position. Their
+    commands name another --out."""
+    one, two = (torch.load(path, weights_only=True) | {"command": ""} for path in (one, two))
     same(one, two, "checkpoint")
 
 
