@@ -441,7 +441,8 @@ def test_a_left_over_note_does_not_lock(chain, drawings, tmp_path):
 def test_shapes_end_without_words(tmp_path, group, number):
     """SIGTERM or Ctrl-C, to the command or to all of its processes, is one sentence; the same
     command goes on."""
-    code = "from plumbing import cli; from pocket import shapes; cli.start(shapes.main, {!r})"
+    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from plumbing import cli; from pocket import shapes; cli.start(shapes.main, {!r})")
     flags = ["--out", str(tmp_path / "s"), "--count", "100000", "--workers", "2"]
     process = subprocess.Popen([sys.executable, "-c", code.format(flags)], cwd=HERE, text=True,
                                stderr=subprocess.PIPE, start_new_session=True)
