@@ -216,7 +216,7 @@ def main(argv=None):
     how = {name: getattr(settings, name) for name in ("size", "steps_c", "guidance_c", "negative",
                                                       "steps_b", "guidance_b", "start")}
     jobs, images = [prompt for prompt in prompts for _ in range(settings.n)], []
-    ended = None                                              # by what
+    ended = None                                              # the error of a batch that failed
     seeds = range(settings.seed, settings.seed + len(jobs))
     if settings.reconstruct:
         images = [explain.reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)]

@@ -107,7 +107,7 @@ def test_python_of_the_readme(tmp_path, monkeypatch):
     """The README's lines of Python run as they stand and write a picture of each prompt."""
     code = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    exec(code, {})                                            # as a reader pastes it
     sizes = {file.name: Image.open(file).size for file in tmp_path.iterdir()}
     assert set(sizes.values()) == {(128, 128)} and len(sizes) == 2, sizes
     assert "a red star above a blue circle.png" in sizes, sizes
