@@ -17,12 +17,7 @@ or, where that would put several pictures together, up to their last:
 An epoch is one seeded permutation of all samples, whatever the numbers of shards and workers, and a
 position (epoch, sample) in it is where a stopped run goes on exactly. What cannot be read is left
 out, counted by reason and named; a source of which most cannot be read stops the run.
-
     B  batch      H W  height and width in pixels
-
-    python -m pocket.shapes --out shards/shapes            the built-in drawings
-    python -m tools.look shards/shapes                     what is in there, as text and as a PNG
-    python -m tools.pack my_pictures --out shards/mine     your own pictures -> shards
 """
 
 import copy
@@ -346,10 +341,9 @@ class Stream:
         if state.get("data", self.dataset.checksum) != self.dataset.checksum:
             raise UsageError(f"{self.dataset.source}: holds other samples than when this run began"
                              "; expected the same shards or files, or another --out")
-        (epoch, sample), accumulate = state["position"], self.config.accumulate
+        epoch, sample = state["position"]
         self.taken = epoch * len(self.dataset) + sample
-        step = self.taken // (self.config.batch_size * self.world * accumulate)
-        self.given = state.get("step", step) * accumulate
+        self.given = state.get("step", 0) * self.config.accumulate
 
 
 def stream(dataset, batch_size, seed=0, position=(0, 0), workers=0):

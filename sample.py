@@ -97,7 +97,7 @@ def load_chain(a, b, c=None, compressor=None, clip=None, device="cpu"):
     chain = Chain(**vars(decoder), c=None, text_c=decoder.text_b)
     if c is not None:
         chain.c, known = stage_c.load(c, device), checkpoint.load_checkpoint(c, "C")
-        has = chain.compressor and checkpoint.checksum(chain.compressor.state_dict())
+        has, _ = checkpoint.compressor(decoder.compressor_file)
         if known.get("compressor", has) != has:
             fits = hub() and hub().trained_on(c) or "of its own training"
             raise UsageError(f"{c}: trained on the latents of another compressor than the one in "
@@ -215,8 +215,7 @@ def main(argv=None):
         chain.text_c.tokens([*prompts, settings.negative])    # which says what is cut, of them all
     how = {name: getattr(settings, name) for name in ("size", "steps_c", "guidance_c", "negative",
                                                       "steps_b", "guidance_b", "start")}
-    jobs, images = [prompt for prompt in prompts for _ in range(settings.n)], []
-    ended = None                                              # the error of a batch that failed
+    jobs, images, ended = [prompt for prompt in prompts for _ in range(settings.n)], [], None
     seeds = range(settings.seed, settings.seed + len(jobs))
     if settings.reconstruct:
         images = [explain.reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)]

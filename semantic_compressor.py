@@ -13,7 +13,6 @@ which `python -m tools.cache_latents` can keep, are what Stage C learns to draw 
 The network's output is raw; standardised = (raw - mean) / std has mean 0 and unit variance, which
 Stage C's schedule and Stage B's noise on it assume. At a deviation of 1/42 the signal-to-noise
 ratio would be off by 42^2. The released weights need (mean, std) = (-1, 42).
-
 Letters: B batch, H W height and width of the image given to Stage A, h w of the latent grid.
 """
 
@@ -25,7 +24,6 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.models import efficientnet as tv   # not later: torch 2.6 cannot while on "meta"
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -53,6 +51,8 @@ PRESETS = {
 
 def efficientnet_features(name):
     """The convolutional part of an EfficientNetV2, stride 32, and its number of output channels."""
+    with torch.device("cpu"):                  # torch 2.6 cannot import it on "meta"
+        from torchvision.models import efficientnet as tv     # takes a second; drawing needs none
     if name == "efficientnet_v2_s":
         return tv.efficientnet_v2_s(weights=None).features, 1280
     if name != "narrow":
@@ -146,8 +146,6 @@ def new(preset, weights=None, trained=True, device="cpu"):
 
     A new one has ImageNet's weights (§3.1) where the preset says so. trained: False freezes it.
     """
-    if preset not in PRESETS:
-        raise cli.UsageError(f"--compressor-preset {preset}: expected one of {', '.join(PRESETS)}")
     config = PRESETS[preset]
     if not (weights or trained):
         raise cli.UsageError("--compressor-share 0 leaves the compressor as it is: give the "
@@ -157,6 +155,7 @@ def new(preset, weights=None, trained=True, device="cpu"):
         raise cli.UsageError(f"{weights}: its compressor has the backbone {model.config.backbone}, "
                              f"expected {config.backbone}, as --compressor-preset {preset} has it")
     if config.imagenet and not weights:                                   # a download
+        from torchvision.models import efficientnet as tv
         try:
             state = tv.EfficientNet_V2_S_Weights.DEFAULT.get_state_dict(progress=True)
         except OSError as error:                                          # URLError is an OSError

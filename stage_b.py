@@ -23,6 +23,7 @@ DiffNeXt). Its training was never published; the training here follows the paper
 """
 
 import copy
+import functools
 import math
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -64,7 +65,7 @@ class Config:
     noise_sem_t: float = 0.5           # official code (v1): t ~ U(0, 0.5)
     # data
     text_encoder: str = "clip-h"       # paper, §4
-    compressor_preset: str = "paper"   # which of semantic_compressor.PRESETS is trained along
+    compressor_preset: Literal["paper", "released", "pocket"] = "paper"    # which trains along
     image_size: int = 512              # paper, E.2, first phase
     remember: bool = False             # encode each image and caption once and keep them in memory
     # filters by what the .json of a sample says (data.py); these values let all pass
@@ -567,7 +568,7 @@ def preview(model, compressor, vqgan, encoder, batch, path):
     images, captions = batch["images"][:8], batch["captions"][:8]
     with training.autocast(images.device):
         latents = compressor.standardise(compressor(semantic_compressor.resize(images)).float())
-        drawn = draw_images(Decoder(vqgan, model, compressor, compressor.scale, encoder), latents,
+        drawn = draw_images(Decoder(vqgan, model, compressor.scale, encoder, None), latents,
                             captions, range(len(images)), guidance=1)
         rows = [images, vqgan.decode(vqgan.encode(images)), drawn]
     pictures.grid(torch.cat(rows).float().cpu(), columns=len(images)).save(path)
@@ -583,9 +584,15 @@ class Decoder:
     """Stages A and B, trained on each other, and what B reads; all in eval mode."""
     a: stage_a.StageA
     b: StageB
-    compressor: semantic_compressor.SemanticCompressor    # None: not among the weights
-    scale: tuple                                          # (mean, std) of its raw latents
-    text_b: torch.nn.Module                               # the text encoder
+    scale: tuple                        # (mean, std) of the compressor's raw latents
+    text_b: torch.nn.Module             # the text encoder
+    compressor_file: str                # None: not among the weights
+
+    @functools.cached_property
+    def compressor(self):
+        """The Semantic Compressor, or None. Read when it is used: drawing does without it."""
+        return self.compressor_file and semantic_compressor.load(
+            self.compressor_file, next(self.b.parameters()).device)
 
 
 def load_decoder(a, b, compressor=None, clip=None, device="cpu"):
@@ -595,17 +602,18 @@ def load_decoder(a, b, compressor=None, clip=None, device="cpu"):
     missing file, one of another stage, or stages that were not trained on each other.
     """
     known = checkpoint.load_checkpoint(b, "B")
-    vqgan, model = stage_a.load(a, device), load(b, device)
-    own = known.get("compressor_ema")
-    net = semantic_compressor.load(compressor or b, device) if compressor or own else None
-    if own and checkpoint.checksum(checkpoint.copied(own)) != checkpoint.checksum(net.state_dict()):
+    vqgan, model, own = stage_a.load(a, device), load(b, device), known.get("compressor_ema")
+    file = compressor or (b if own else None)
+    checksum, about = checkpoint.compressor(file)
+    if own and checksum != checkpoint.compressor(b)[0]:
         raise UsageError(f"{b}: trained with another compressor than the one in {compressor}")
     if known.get("stage_a") not in (None, checkpoint.checksum(vqgan.state_dict())):
         raise UsageError(f"{b}: trained on the latents of another Stage A than {a}; give the one "
                          "it was trained with")
-    scale = net.config if net else semantic_compressor.PRESETS["released"]
-    return Decoder(vqgan, model, net, (scale.latent_mean, scale.latent_std),
-                   known_text_encoder(b, known, "clip-h", clip, device, model.config.text_width))
+    scale = asdict(semantic_compressor.PRESETS["released"]) | about
+    return Decoder(vqgan, model, (scale["latent_mean"], scale["latent_std"]),
+                   known_text_encoder(b, known, "clip-h", clip, device, model.config.text_width),
+                   file)
 
 
 def generators(seeds):

@@ -57,9 +57,7 @@ CHECKS = {                                       # settings whose step a CPU can
 
 def tower(name="pocket", weights=None, device="cpu", width=None):
     """plumbing.text.text_encoder, with random weights."""
-    net = text.open_clip("transformer").TextTransformer(**text.TEXT_ENCODERS[name], output_dim=None)
-    net.attn_mask = None
-    encoder = text.TextEncoder(name, net, text.END_OF_TEXT)
+    encoder = text.TextEncoder(name, text.Tower(**text.TEXT_ENCODERS[name]), text.END_OF_TEXT)
     encoder.__dict__["checksum"] = "0"
     return encoder.to(device)
 
@@ -80,8 +78,8 @@ def stand_ins(preset):
 
     def decoder(*paths, device="cpu", **options):
         return stage_b.Decoder(load_a(0, device), frozen(stage_b.StageB, pick["b"])(0, device),
-                               load_compressor(0, device), (0.0, 1.0),
-                               tower(pick["b"].text_encoder, device=device))
+                               (0.0, 1.0),
+                               tower(pick["b"].text_encoder, device=device), None)
 
     def one_step(sampler):                        # it holds no more than any of its steps
         def called(*arguments, **options):

@@ -84,10 +84,8 @@ def of_baseline(preset, pixels=512):
 @functools.cache
 def of_text(name):
     def make():
-        tower = text.open_clip("transformer").TextTransformer(**text.TEXT_ENCODERS[name],
-                                                              output_dim=None)
-        tower.attn_mask = None
-        return lambda ids: tower.transformer(tower.token_embedding(ids.long()))
+        tower = text.Tower(**text.TEXT_ENCODERS[name])
+        return lambda ids: tower(ids.long(), None)
     return forward_flops(make, (1, text.TEXT_ENCODERS[name]["context_length"]))
 
 

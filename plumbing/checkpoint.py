@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code, refused with a sentence."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 from plumbing.cli import ROOT, UsageError, check_config, read_json
 
@@ -143,6 +145,13 @@ def translated(config):
     return out
 
 
+def compressor(path):
+    """-> (checksum, config as a dict) of the one in a checkpoint, which is not built for that."""
+    state = load_checkpoint(path, "compressor") if path else {}
+    return path and checksum(copied(state.get("compressor_ema", {}))), state.get(
+        "compressor_config", {})
+
+
 def parts(path, stage):
     """The runs behind a checkpoint, in their order: [{"command": …, "steps": …}, …]."""
     state = load_checkpoint(path, stage)
@@ -202,9 +211,26 @@ def copied(tensors):
                            copy=True) for name, value in tensors.items()}
 
 
+class Unfilled(TorchFunctionMode):
+    """No initial weights: on "meta" torch imports its compiler for them, which takes a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init" or func.__name__ in (
+                "normal_", "uniform_"):
+            return [*args, *(kwargs or {}).values()][0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def empty():
+    """What is built takes no memory, no time and no random numbers: its tensors come next."""
+    with torch.device("meta"), Unfilled():
+        yield
+
+
 def build(Model, config, tensors):
     """Model(config) of these very tensors, in eval mode."""
-    with torch.device("meta"):                 # no initial weights: no time, no random numbers
+    with empty():
         model = Model(config)
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)

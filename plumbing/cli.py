@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, usage=argparse.SUPPRESS, **more,    # a line for an option
             formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=160,
-                                              max_help_position=32))
+                                              max_help_position=34))
         for stream in (sys.stdout, sys.stderr):
             getattr(stream, "reconfigure", dict)(errors="replace")
 

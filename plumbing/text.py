@@ -1,7 +1,7 @@
 """The frozen text encoder: captions -> un-pooled tokens after the final layer norm.
 
-The towers are open_clip's: the small one of pocket/, which needs no download, and the text halves
-of CLIP ViT-H/14 and ViT-bigG/14. Folders that transformers wrote, and the hub, are in published/.
+Three towers of one class: the small one of pocket/, which needs no download, and the text halves of
+CLIP ViT-H/14 and ViT-bigG/14. Folders that transformers wrote, and the hub, are in published/.
 
     B  batch      L  text tokens      D  width of a token
 """
@@ -14,13 +14,14 @@ import re
 import sys
 import types
 import unicodedata
+from collections import OrderedDict
 
 import regex
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from plumbing.checkpoint import UNREADABLE, checksum, copied, read_tensors
+from plumbing.checkpoint import UNREADABLE, checksum, copied, empty, read_tensors
 from plumbing.cli import UsageError
 
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")     # CLIP's
@@ -37,17 +38,13 @@ HUB = {"clip-h": ("ViT-H-14", "laion2b_s32b_b79k", "3.9 GB"),
        "clip-bigg": ("ViT-bigG-14", "laion2b_s39b_b160k", "10.2 GB")}
 
 
-def open_clip(part):
-    """A file of open_clip by itself: to import the whole package takes seconds."""
+@functools.cache
+def byte_pairs():
+    """open_clip's tokenizer, from its file alone: to import the whole package takes seconds."""
     package = types.ModuleType("open_clip_alone")             # one whose __init__.py does not run
     package.__path__ = importlib.util.find_spec("open_clip").submodule_search_locations
     sys.modules.setdefault(package.__name__, package)
-    return importlib.import_module(f"{package.__name__}.{part}")
-
-
-@functools.cache
-def byte_pairs():
-    return open_clip("tokenizer").SimpleTokenizer()
+    return importlib.import_module(f"{package.__name__}.tokenizer").SimpleTokenizer()
 
 
 def ids_of(caption):
@@ -73,6 +70,45 @@ def first_ids(caption, room):
         if len(ids) > room:
             return ids[:room], f"at word {number}, {word[0][:40]!r}"
     return ids, ""
+
+
+class Layer(nn.Module):
+    """One layer of CLIP's text transformer (Radford et al., 2021), with open_clip's names."""
+
+    def __init__(self, width, heads, mlp_ratio):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, int(width * mlp_ratio)), gelu=nn.GELU(),
+            c_proj=nn.Linear(int(width * mlp_ratio), width)))
+
+    def forward(self, x, mask):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]            # (B, L, D)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Tower(nn.Module):
+    """ids (B, L), mask (B heads, L, L) added to attention's scores -> tokens (B, L, D).
+
+    Here and not open_clip's, which imports torchvision and torch's compiler: a second.
+    """
+
+    def __init__(self, width, heads, layers, context_length, mlp_ratio=4.0):
+        super().__init__()
+        self.width, self.heads, self.context_length = width, heads, context_length
+        self.token_embedding = nn.Embedding(END_OF_TEXT + 1, width)
+        self.positional_embedding = nn.Parameter(torch.zeros(context_length, width))
+        self.transformer = nn.ModuleDict(dict(resblocks=nn.ModuleList(
+            Layer(width, heads, mlp_ratio) for _ in range(layers))))
+        self.ln_final = nn.LayerNorm(width)
+
+    def forward(self, ids, mask):
+        x = self.token_embedding(ids) + self.positional_embedding
+        for layer in self.transformer["resblocks"]:
+            x = layer(x, mask)
+        return self.ln_final(x)
 
 
 class TextEncoder(nn.Module):
@@ -120,14 +156,11 @@ class TextEncoder(nn.Module):
         return ids, torch.arange(self.length) < ends[:, None]
 
     def forward(self, captions):
-        tower = self.tower
-        device = tower.positional_embedding.device
+        device = self.tower.positional_embedding.device
         ids, real = (x.to(device, non_blocking=True) for x in self.tokens(captions))
         hidden = ~real[:, None].expand(-1, self.length, -1).tril()                   # (B, L, L)
         mask = torch.zeros(hidden.shape, device=ids.device).masked_fill(hidden, float("-inf"))
-        x = tower.token_embedding(ids) + tower.positional_embedding                  # (B, L, D)
-        x = tower.transformer(x, attn_mask=mask.repeat_interleave(tower.heads, 0))
-        return tower.ln_final(x).float()
+        return self.tower(ids, mask.repeat_interleave(self.tower.heads, 0)).float()
 
 
 def known_text_encoder(path, state, published, weights, device, width):
@@ -165,9 +198,8 @@ def text_encoder(name="pocket", weights=None, device="cpu", width=None):
         if os.path.isdir(weights):
             from published import text as published
             size, pad = published.size_and_pad(weights)
-    with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
-        tower = open_clip("transformer").TextTransformer(**size, output_dim=None)
-    tower.attn_mask = None                                        # TextEncoder makes its own
+    with empty():
+        tower = Tower(**size)
     try:
         tower.load_state_dict(copied(
             pocket.weights(tower) if name == "pocket" else

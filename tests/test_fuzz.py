@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import sample
-import semantic_compressor
 import stage_a
 import stage_b
 import stage_c
@@ -155,9 +154,8 @@ def test_fuzz_prompts(count, monkeypatch, tmp_path, encoder):
     """Prompts of odd letters through a tiny chain, with captions and settings in the file."""
     a, b, c = (Model(config).eval().requires_grad_(False) for Model, config in (
         (stage_a.StageA, TINY_A), (stage_b.StageB, TINY_B), (stage_c.StageC, TINY_C)))
-    compressor = semantic_compressor.SemanticCompressor(semantic_compressor.PRESETS["pocket"])
-    chain = sample.Chain(a=a, b=b, compressor=compressor.eval(), scale=(0.0, 1.0), text_b=encoder,
-                         c=c, text_c=encoder)
+    chain = sample.Chain(a=a, b=b, scale=(0.0, 1.0), text_b=encoder, compressor_file=None, c=c,
+                         text_c=encoder)
     monkeypatch.setattr(sample, "find", lambda *given, **more: {})
     monkeypatch.setattr(sample, "load_chain", lambda *given, **more: chain)
     rng, quick = np.random.default_rng(0), ["--steps-c", "1", "--steps-b", "1", "--guidance-c", "1",

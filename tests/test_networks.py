@@ -296,7 +296,7 @@ def test_preview_starts_as_sampling_does(condition, start, tmp_path, monkeypatch
     monkeypatch.setattr(stage_b, "ddpm_sample", spy)
     batch = {"images": torch.rand(9, 3, 128, 128), "captions": ["a red star"] * 9}
     stage_b.preview(b, compressor, a, encoder, batch, tmp_path / "preview.png")
-    decoder = stage_b.Decoder(a, b, compressor, compressor.scale, encoder)
+    decoder = stage_b.Decoder(a, b, compressor.scale, encoder, None)
     sem = torch.randn(8, 16, 3, 3)
     for named in (None, start):
         stage_b.draw_images(decoder, sem, ["a red star"] * 8, range(8), start=named)
