@@ -3,12 +3,13 @@
 # make notebook  the same as lesson.ipynb, executed
 # make test      the same environment, then the tests that a change should pass: minutes
 # make test-all  all tests; both in two processes of one thread each
-# make pocket    trains pocket weights from nothing: the text tower, A, the compressor, B with that
-#                compressor, C; each says after five steps how long it will take
+# make pocket    trains pocket weights from nothing, on two cores: A beside the text tower and the
+#                compressor, then B, then C; each says after five steps how long it will take
 PYTHON ?= python3
 BIN = .venv/bin
+TWO = OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 
-.PHONY: demo lesson notebook test test-all pocket clean
+.PHONY: demo lesson notebook test test-all pocket pocket-a pocket-compressor clean
 
 demo: .venv/ready
 	$(BIN)/python sample.py --out demo.png --n 4 \
@@ -29,14 +30,19 @@ test-all: .venv/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 5
 
 pocket: .venv/ready
-	$(BIN)/python -m pocket.teach_text
-	cp runs/pocket/text/text.safetensors pocket/
-	$(BIN)/python stage_a.py --preset pocket --compile
-	$(BIN)/python -m pocket.teach --compile
-	$(BIN)/python stage_b.py --preset pocket --compile --compressor-share 0 \
+	$(MAKE) -j2 pocket-a pocket-compressor
+	$(TWO) stage_b.py --preset pocket --compile --batch-size 16 --compressor-share 0 \
 	    --init-from runs/pocket/taught/checkpoint.pt
-	$(BIN)/python stage_c.py --preset pocket --compile
+	$(TWO) stage_c.py --preset pocket --compile --batch-size 64
 	$(BIN)/python -m pocket.ship
+
+pocket-a: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python stage_a.py --preset pocket --compile
+
+pocket-compressor: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pocket.teach_text
+	cp runs/pocket/text/text.safetensors pocket/
+	OMP_NUM_THREADS=1 $(BIN)/python -m pocket.teach --compile
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
