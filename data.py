@@ -341,9 +341,10 @@ class Stream:
         if state.get("data", self.dataset.checksum) != self.dataset.checksum:
             raise UsageError(f"{self.dataset.source}: holds other samples than when this run began"
                              "; expected the same shards or files, or another --out")
-        epoch, sample = state["position"]
+        (epoch, sample), accumulate = state["position"], self.config.accumulate
         self.taken = epoch * len(self.dataset) + sample
-        self.given = state.get("step", 0) * self.config.accumulate
+        step = self.taken // (self.config.batch_size * self.world * accumulate)
+        self.given = state.get("step", step) * accumulate
 
 
 def stream(dataset, batch_size, seed=0, position=(0, 0), workers=0):

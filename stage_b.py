@@ -611,9 +611,8 @@ def load_decoder(a, b, compressor=None, clip=None, device="cpu"):
         raise UsageError(f"{b}: trained on the latents of another Stage A than {a}; give the one "
                          "it was trained with")
     scale = asdict(semantic_compressor.PRESETS["released"]) | about
-    return Decoder(vqgan, model, (scale["latent_mean"], scale["latent_std"]),
-                   known_text_encoder(b, known, "clip-h", clip, device, model.config.text_width),
-                   file)
+    return Decoder(vqgan, model, (scale["latent_mean"], scale["latent_std"]), known_text_encoder(
+        b, known, "clip-h", clip, device, model.config.text_width), file)
 
 
 def generators(seeds):
