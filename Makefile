@@ -7,7 +7,6 @@
 #                compressor, then B, then C; each says after five steps how long it will take
 PYTHON ?= python3
 BIN = .venv/bin
-TWO = OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 
 .PHONY: demo lesson notebook test test-all pocket pocket-a pocket-compressor clean
 
@@ -31,9 +30,9 @@ test-all: .venv/ready-dev
 
 pocket: .venv/ready
 	$(MAKE) -j2 pocket-a pocket-compressor
-	$(TWO) stage_b.py --preset pocket --compile --batch-size 16 --compressor-share 0 \
+	OMP_NUM_THREADS=1 $(BIN)/python stage_b.py --preset pocket --compile --compressor-share 0 \
 	    --init-from runs/pocket/taught/checkpoint.pt
-	$(TWO) stage_c.py --preset pocket --compile --batch-size 64
+	$(BIN)/python stage_c.py --preset pocket --compile
 	$(BIN)/python -m pocket.ship
 
 pocket-a: .venv/ready
