@@ -78,8 +78,7 @@ def stand_ins(preset):
 
     def decoder(*paths, device="cpu", **options):
         return stage_b.Decoder(load_a(0, device), frozen(stage_b.StageB, pick["b"])(0, device),
-                               (0.0, 1.0),
-                               tower(pick["b"].text_encoder, device=device), None)
+                               (0.0, 1.0), tower(pick["b"].text_encoder, device=device), None)
 
     def one_step(sampler):                        # it holds no more than any of its steps
         def called(*arguments, **options):

@@ -81,6 +81,7 @@ for name, body in test_gpu.TRIES.items():
     if not os.fork():
         try:
             scope = globals().copy()
+            # the text of a function's body: it returns what it found
             exec("def one():\\n    " + body.strip().replace("\\n", "\\n    "), scope)
             found = scope["one"]()
         except Exception as error:
