@@ -305,8 +305,8 @@ def train(config, source, out):
                 optimizer_d=optimizer_d, batches=batches)
     codes = model.vquantizer.embedding.weight.data                        # (K, 4)
     if config.compile:
-        model.down_blocks.compile()
-        model.up_blocks.compile()
+        model.down_blocks.compile(dynamic=False)     # each size by itself
+        model.up_blocks.compile(dynamic=False)
 
     for step in run.steps():
         judge = discriminator if step >= config.adversarial_start else None

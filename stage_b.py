@@ -521,7 +521,7 @@ def train(config, source, out, path_a, clip=None, init_from=None):
     if config.compile:
         model.compile(dynamic=False)       # each size by itself; in place, so names stay clean
         if training.world() == 1:                                     # synchronised norms: eagerly
-            compressor.compile()
+            compressor.compile(dynamic=False)
 
     # While the learning rate decays (pocket), the compressor's BatchNorm keeps its statistics:
     # those of small batches vary, and Stage B gets used to the latents that sampling will have.

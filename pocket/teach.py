@@ -109,7 +109,7 @@ def teach(config, out):
     run.restore(compressor=compressor, compressor_ema=ema, head=head, head_ema=ema_head,
                 optimizer=optimizer)
     if config.compile:
-        compressor.compile()
+        compressor.compile(dynamic=False)
 
     for step in run.steps():
         first = 256 + step * config.batch_size                            # every drawing is new
