@@ -36,7 +36,7 @@ pocket: .venv/ready
 	$(BIN)/python -m pocket.ship
 
 pocket-a: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python stage_a.py --preset pocket --compile
+	OMP_NUM_THREADS=1 $(BIN)/python stage_a.py --preset pocket
 
 pocket-compressor: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pocket.teach_text

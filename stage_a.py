@@ -67,7 +67,6 @@ class Config:
     grad_clip: float = 1.0             # official code (Stages B and C)
     seed: int = 0
     workers: int = 8
-    compile: bool = False
     log_every: int = 100
     preview_every: int = 1000
     save_every: int = 1000
@@ -304,9 +303,6 @@ def train(config, source, out):
     run.restore(model=model, discriminator=discriminator, usage=usage, optimizer=optimizer,
                 optimizer_d=optimizer_d, batches=batches)
     codes = model.vquantizer.embedding.weight.data                        # (K, 4)
-    if config.compile:
-        model.down_blocks.compile(dynamic=False)     # each size by itself
-        model.up_blocks.compile(dynamic=False)
 
     for step in run.steps():
         judge = discriminator if step >= config.adversarial_start else None

@@ -126,19 +126,20 @@ def load_checkpoint(path, stage):
     if wrong or not all(isinstance(one, str) for one in state.get("text_encoder", {}).values()):
         raise UsageError(f"{path}: not a readable checkpoint ({(*wrong, 'text_encoder')[0]} in it "
                          "is of another type than was written)")
-    return {name: translated(value) if str(name).endswith("config") else value
+    return {name: translated(value, found) if str(name).endswith("config") else value
             for name, value in state.items()}
 
 
 RENAMED = {"head": ("prediction", {"velocity": "v"}), "compressor": ("compressor_preset", {})}
-GONE = {"weight_cap": 0, "weight_floor": 0}                   # with these values nothing is lost
+GONE = {("B", "weight_cap"): [0], ("B", "weight_floor"): [0],  # with these values nothing is lost
+        ("A", "compile"): [True, False]}
 
 
-def translated(config):
+def translated(config, stage):
     """An older config, or one from JSON, with the names (RENAMED, GONE) and types of today."""
     out = {}
     for name, value in config.items():
-        if name in GONE and value == GONE[name]:
+        if value in GONE.get((stage, name), []):
             continue
         name, values = RENAMED.get(name, (name, {}))
         out[name] = tuple(value) if isinstance(value, list) else values.get(str(value), value)

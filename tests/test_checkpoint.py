@@ -164,3 +164,7 @@ def test_older_names(tmp_path):
             "stage": "B", "config": {**config, "weight_cap": 1e4}, "ema": model.state_dict()})
         with pytest.raises(UsageError, match="weight_cap"):
             stage_b.load(tmp_path / "b.pt")
+    model = shake(stage_a.StageA(TINY_A))
+    checkpoint.save_checkpoint(tmp_path / "a.pt", {
+        "stage": "A", "config": {**asdict(TINY_A), "compile": True}, "model": model.state_dict()})
+    assert stage_a.load(tmp_path / "a.pt").config == TINY_A     # it was speed, not arithmetic
