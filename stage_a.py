@@ -59,7 +59,7 @@ class Config:
     max_punsafe: float = 1.0           # LAION's probability of not being safe for work, at most
     # training
     steps: int = 500_000               # paper, E.1
-    batch_size: int = 64               # ours: 64 x 4 is the 256 of E.1; 24 GiB estimated
+    batch_size: int = 64               # ours: 64 x 4 is the 256 of E.1; 24.4 GiB, H200
     accumulate: int = 4
     lr: float = 1e-4                   # paper, E.1
     warmup: int = 0                    # paper gives none for Stage A

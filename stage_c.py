@@ -61,7 +61,7 @@ class Config:
     max_punsafe: float = 1.0           # LAION's probability of not being safe for work, at most
     # training
     steps: int = 500_000               # paper, E.3, first run
-    batch_size: int = 96               # ours: 96 x 16 is the 1536 of E.3; 27 GiB estimated
+    batch_size: int = 96               # ours: 96 x 16 is the 1536 of E.3; 27.2 GiB, H200
     accumulate: int = 16
     lr: float = 1e-4                   # paper, E.3
     muon: bool = False                 # paper, E.3: AdamW; pocket: Muon's steps for matrices

@@ -9,7 +9,7 @@ tower; it is evaluated on unseen ones from their true sem, so no other stage can
 key=value, as in JSON: a field of stage_b.Config (those about data and compressor change nothing
 here) or one of RECIPE. Batch, t and noise follow from (seed, step): variants of one seed see the
 same. Stopped and started again, `train` goes on; OUT/NAME-s0 holds its log and checkpoint.
-All on one CPU thread. Results go to OUT/results.jsonl: x_0 error on pixels of objects by t; of
+On one CPU thread, or on a GPU. Results go to OUT/results.jsonl: x_0 error on objects by t; of
 sampled pictures PSNR and, as the checker of prompt_accuracy.py sees them, shapes and colours right
 by size, in percent.
 """
@@ -74,17 +74,19 @@ def choose(settings):
 @torch.no_grad()
 def encoded(count, seed, keep_images):
     """Drawings 0 … count - 1 of the train split: {"x_0", "sem", "text"[, "images"], …}."""
-    vqgan = stage_a.load(POCKET / "stage_a.safetensors")
-    compressor = semantic_compressor.load(POCKET / "stage_b.safetensors")
+    device = training.setup(0)
+    vqgan = stage_a.load(POCKET / "stage_a.safetensors", device)
+    compressor = semantic_compressor.load(POCKET / "stage_b.safetensors", device)
     encoder, parts, scenes = text_encoder("pocket"), [], []
     for first in tqdm(range(0, count, 64), desc="encoding drawings, 64 at a time"):
         some = [shapes.scene(i, "train", seed) for i in range(first, min(first + 64, count))]
-        images = torch.stack([to_tensor(shapes.render(scene, 128)) for scene in some])
+        images = torch.stack([to_tensor(shapes.render(scene, 128)) for scene in some]).to(device)
         words = [shapes.caption(scene, shapes.scene_rng(seed, "train", 10 ** 6 + first + i))
                  for i, scene in enumerate(some)]
         sem = compressor.standardise(compressor(semantic_compressor.resize(images)))
-        parts.append([vqgan.standardise(vqgan.encode(images)), sem, encoder(words).half(),
-                      *[images] * keep_images])
+        parts.append([one.cpu() for one in (
+            vqgan.standardise(vqgan.encode(images)), sem, encoder(words).half(),
+            *[images] * keep_images)])
         scenes += some
     return dict(zip(("x_0", "sem", "text", "images"), map(torch.cat, zip(*parts))),
                 scenes=scenes, null=encoder([""]))
@@ -125,16 +127,18 @@ def judged(images, scenes):
 @torch.no_grad()
 def evaluate(model, test, png):
     """All that is measured of a trained StageB (in eval mode), and a sheet of 16 drawings."""
-    vqgan, out = stage_a.load(POCKET / "stage_a.safetensors"), {}
-    x_0, sem, text, images = (test[name] for name in ("x_0", "sem", "text", "images"))
+    device, out = next(model.parameters()).device, {}
+    vqgan = stage_a.load(POCKET / "stage_a.safetensors", device)
+    x_0, sem, text, images, null = (test[name].to(device) for name in (
+        "x_0", "sem", "text", "images", "null"))
     edge, text = images[:, :, :1, :1], text.float()                       # no object reaches it
     objects = F.max_pool2d(((images - edge).abs().sum(1, keepdim=True) > 0.2).float(), 4)
-    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(5)).to(device)
     parts, drawn = torch.arange(len(x_0)).split(64), []
     for level in LEVELS:
         error = []
         for i in parts:
-            t = torch.full((len(i),), level)
+            t = torch.full((len(i),), level, device=device)
             a = stage_b.alpha_bar(t)[:, None, None, None]
             eps_hat = model(stage_b.diffuse(x_0[i], t, noise[i]), t, sem[i], text[i])
             off = (1 - a) / a * (eps_hat - noise[i]).square().mean(1, keepdim=True)   # of x_0_hat
@@ -143,11 +147,11 @@ def evaluate(model, test, png):
     for i in tqdm(parts, desc="drawing, 64 at a time"):
         noises = stage_b.generators(2 ** 31 + 1_000_000 + j for j in i.tolist())
         start, w = vqgan.random_tokens(x_0[i].shape, noises), model.config.guidance
-        latents = stage_b.ddpm_sample(model, start.shape, sem[i], text[i], 0 * sem[i], test["null"],
+        latents = stage_b.ddpm_sample(model, start.shape, sem[i], text[i], 0 * sem[i], null,
                                       12, w, start, noises)
         drawn.append(vqgan.decode(vqgan.unstandardise(latents)))
-    drawn = torch.cat(drawn)
-    rows = [images[:16], vqgan.decode(vqgan.unstandardise(x_0[:16])), drawn[:16]]
+    drawn, images = torch.cat(drawn).cpu(), images.cpu()
+    rows = [images[:16], vqgan.decode(vqgan.unstandardise(x_0[:16])).cpu(), drawn[:16]]
     pictures.grid(torch.cat(rows), len(rows[0])).save(png)
     return out | dict(psnr=round(pictures.psnr(drawn, images).item(), 2),
                       **judged(drawn, test["scenes"]))
@@ -219,7 +223,7 @@ def loss(model, kind, x_0, sem, text):
     """kind "v": stage_b.loss. "x0": the error in x_0, (1 - alpha_bar) / alpha_bar times eps's."""
     if kind == "v":
         return stage_b.loss(model, x_0, sem, text)
-    t = 1 - (1 - stage_b.draw_t(len(x_0))) ** model.config.t_power
+    t = 1 - (1 - stage_b.draw_t(len(x_0), x_0.device)) ** model.config.t_power
     noise, a_bar = torch.randn_like(x_0), stage_b.alpha_bar(t)
     error = (model(stage_b.diffuse(x_0, t, noise), t, sem, text) - noise).square().mean((1, 2, 3))
     return (((1 - a_bar) / a_bar).clamp(0.5, 1e4) * error).mean(), t, error.detach()
@@ -227,25 +231,27 @@ def loss(model, kind, x_0, sem, text):
 
 def train(name, settings):
     config, recipe = choose(settings)
-    training.setup(config.seed)
-    cached = load(recipe["out"], "train", recipe["drawings"])
+    device = training.setup(config.seed)
+    cached = {name: part.to(device) for name, part in load(
+        recipe["out"], "train", recipe["drawings"]).items() if torch.is_tensor(part)}
     out = Path(recipe["out"], f"{name}-s{config.seed}")
-    run = training.Run("B", config, out, torch.device("cpu"), **{
+    run = training.Run("B", config, out, device, **{
         key: recipe[key] for key in ("loss", "damp", "drawings")})
-    model = (Damped if recipe["damp"] else stage_b.StageB)(config).train()
+    model = (Damped if recipe["damp"] else stage_b.StageB)(config).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = training.optimizer(config, [dict(params=[*model.parameters()])],
                                    betas=(0.9, 0.95))
     spent = run.state.get("cpu_s", 0.0)                                   # before a stop
     run.restore(model=model, ema=ema, optimizer=optimizer)
     if config.compile:
-        model.compile()
+        model.compile(dynamic=False)
     begun = time.process_time()
     for step in run.steps():
         i = torch.randint(len(cached["sem"]), (config.batch_size,))
         sem, text = stage_b.drop_and_noise(cached["sem"][i], cached["text"][i].float(),
                                            cached["null"], config, (0.0, 1.0))
-        value, t, error = loss(model, recipe["loss"], cached["x_0"][i], sem, text)
+        with training.autocast(device):
+            value, t, error = loss(model, recipe["loss"], cached["x_0"][i], sem, text)
         run.note(t, error)
         model.zero_grad(set_to_none=True)
         value.backward()

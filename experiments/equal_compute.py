@@ -20,6 +20,7 @@ which both read, is in none.
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -125,8 +126,19 @@ def judge(draw, n, seed):
         for way, images in draw(prompts, seeds).items():
             right[way] = right.get(way, 0) + sum(
                 checker.compare(checker.look_at(image), scene, prompt)["all"]
-                for image, scene, prompt in zip(images, scenes, prompts))
+                for image, scene, prompt in zip(images.cpu(), scenes, prompts))
     return right
+
+
+def load_baseline(path, device):
+    """A trained baseline -> draw(prompts, seeds, guidance) -> images (B, 3, 128, 128)."""
+    decoder = sample.load_chain(**sample.find("pocket", "ab"), device=device)
+    a = checkpoint.checksum(decoder.a.state_dict())
+    if checkpoint.load_checkpoint(path, "LDM")["stage_a"] != a:
+        raise UsageError(f"{path}: trained on the latents of another Stage A than the one in "
+                         "pocket/; expected a run with that one")
+    net = checkpoint.rebuild(path, "LDM", baseline_ldm.LDM, baseline_ldm.PRESETS["paper"], device)
+    return partial(baseline_ldm.draw, net, decoder.a, decoder.text_b)
 
 
 def measure(folder, settings):
@@ -138,7 +150,7 @@ def measure(folder, settings):
     row = dict(run=str(folder), seed=config["seed"], steps=steps, n=settings.n, tflop=own / 1e12,
                tflop_all=(own + before(model)) / 1e12)
     if model == "c":
-        chain = sample.load_chain(**sample.find("pocket", c=path))
+        chain = sample.load_chain(**sample.find("pocket", c=path), device=settings.device)
 
         def draw(prompts, seeds):
             latents = sample.draw_latents(chain, prompts, seeds, 128, 128)
@@ -146,16 +158,10 @@ def measure(folder, settings):
                 ("C + B + A", prompts), ("C + B without text + A", [""] * len(prompts)))}
         return [dict(row, way=way, right=right, guidance=4.0)
                 for way, right in judge(draw, settings.n, settings.seed).items()]
-    decoder = sample.load_chain(**sample.find("pocket", "ab"))
-    a = checkpoint.checksum(decoder.a.state_dict())
-    if checkpoint.load_checkpoint(path, "LDM")["stage_a"] != a:
-        raise UsageError(f"{path}: trained on the latents of another Stage A than the one in "
-                         "pocket/; expected a run with that one")
-    net = checkpoint.rebuild(path, "LDM", baseline_ldm.LDM, baseline_ldm.PRESETS["paper"], "cpu")
+    draw_one = load_baseline(path, settings.device)
 
     def draw(prompts, seeds, guidance=GUIDANCE):
-        return {one: baseline_ldm.draw(net, decoder.a, decoder.text_b, prompts, seeds, one)
-                for one in guidance}
+        return {one: draw_one(prompts, seeds, one) for one in guidance}
     tried = judge(draw, settings.tries, settings.seed + 1)
     best = max(tried, key=tried.get)
     right = judge(lambda *jobs: draw(*jobs, [best]), settings.n, settings.seed)[best]
@@ -234,7 +240,7 @@ def main(argv=None):
     one.add_argument("--figure", type=Path, default="runs/equal/baseline.png")
     settings = parser.parse_args(argv)
     if settings.what == "curve":
-        training.setup(0)
+        settings.device = training.setup(0)
         return curve(settings)
     if settings.data is None:
         settings.data = "shards/shapes"

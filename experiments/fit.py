@@ -3,13 +3,14 @@
     python -m experiments.fit --preset paper                  A, B and C; a minute on two CPU cores
     python -m experiments.fit --preset paper-2 --stages c batch_size=48 checkpoint_activations=True
     python -m experiments.fit --check                         the error, against real CPU memory
+    python -m experiments.fit --preset paper --measure        the same steps on the GPU that is here
 
 The real train() runs on fake CUDA tensors (fakegpu.py) with random networks and blank images: one
 step of one micro-batch, a preview and a save. The optimizer's state is there from the start, and so
 are gradients where a step has several micro-batches. The largest micro-batch lies on a line through
 the peaks of two. `name=value` changes a field of Config. A card of 40 GB is taken to have 39.4 GiB,
-of which .6 go to CUDA itself and a tenth to fragments. That and all else that only a GPU can say is
-unmeasured.
+of which .6 go to CUDA itself and a tenth to fragments. --measure trains with the same networks on
+noise: a step counts four micro-batches at most, two steps warm up and three are timed.
 """
 
 import argparse
@@ -21,9 +22,11 @@ import inspect
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -67,6 +70,12 @@ def frozen(Model, config):
     return lambda path, device="cpu": Model(config).to(device).eval().requires_grad_(False)
 
 
+@functools.cache
+def noise(side):
+    """A picture of (H, W) whose bytes are random: on zeros a GPU computes faster."""
+    return torch.randint(256, (3, *side), dtype=torch.uint8)
+
+
 @contextlib.contextmanager
 def stand_ins(preset):
     """Networks without files, blank images, and no reading of numbers that fake tensors lack."""
@@ -87,8 +96,7 @@ def stand_ins(preset):
         return called
 
     def blank(self, epoch, index, crop):
-        side = (crop, crop) if isinstance(crop, int) else crop
-        return {"image": torch.zeros((3, *side), dtype=torch.uint8)}
+        return {"image": noise((crop, crop) if isinstance(crop, int) else tuple(crop))}
     patch = mock.patch.object
     with contextlib.ExitStack() as stack:
         for one in (
@@ -114,13 +122,17 @@ def stand_ins(preset):
 def step(name, preset, config, meter, previews=True):
     """Run one step of a stage's train() -> bytes by part and at the peaks, operations by dtype.
 
-    meter: has now, peak and flops, as a FakeGPU. previews: False leaves out previews and saves.
+    meter: has now, peak and flops, as a FakeGPU. previews: False leaves out previews and saves. A
+    meter with `turns` is a Card: so many steps are timed, after two others.
     """
-    stage, found = STAGES[name], {}
+    stage, found, turns = STAGES[name], {}, getattr(meter, "turns", 0)
     short = dict(steps=2, warmup=0, cooldown=0, workers=0, accumulate=1, log_every=1,
                  compile=False, remember=False, adversarial_start=0,
                  sizes=getattr(config, "sizes", ())[:1])
-    several = config.accumulate > 1
+    several, all_steps = config.accumulate > 1 and not turns, training.Run.steps
+    if turns:
+        short |= dict(steps=3 + turns, accumulate=min(config.accumulate, 4), log_every=10 ** 6,
+                      workers=2, compile=getattr(config, "compile", False))
     config = replace(config, **{key: value for key, value in short.items()
                                 if hasattr(config, key)})
 
@@ -143,6 +155,15 @@ def step(name, preset, config, meter, previews=True):
                      frozen=meter.now - (3 + several) * trained - ema)
         meter.peak, meter.flops, meter.waits, meter.traffic = meter.now, *map(Counter, [()] * 3)
 
+    def timed(run):
+        for number in all_steps(run):
+            if number == run.config.steps - turns:
+                meter.settle()
+            begin = time.perf_counter()
+            yield number
+            meter.wait()
+            found.setdefault("seconds", []).append(time.perf_counter() - begin)
+
     def aside(function, instead=None):
         """Previews and saves have a peak of their own; left out they give `instead`."""
         def called(*arguments, **options):
@@ -164,10 +185,17 @@ def step(name, preset, config, meter, previews=True):
                   (semantic_compressor, "measure", semantic_compressor.Config())]
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(training.Run, "restore", restore))
+            if turns:
+                stack.enter_context(mock.patch.object(training.Run, "steps", timed))
             for module, function, instead in asides:
                 stack.enter_context(mock.patch.object(
                     module, function, aside(getattr(module, function), instead)))
             stage.train(config, **given)
+    found["step"] = max(found.get("step", 0), meter.peak)
+    if turns:
+        return dict(found, reserved=torch.cuda.max_memory_reserved(),
+                    images=config.batch_size * config.accumulate,
+                    seconds=statistics.median(found["seconds"][-turns:]))
     return dict(found, waits=[[*where, times] for where, times in meter.waits.items()],
                 traffic={op: n / config.batch_size for op, n in meter.traffic.items()},
                 flops={str(kind)[6:]: n / config.batch_size for kind, n in meter.flops.items()},
@@ -269,6 +297,32 @@ def check(name, half, real):
         return step(name, "pocket", config, meter)["step"]
 
 
+# ---- really, on a GPU ----------------------------------------------------------------------------
+
+class Card:
+    """The memory of this process on the GPU, as torch's allocator counts it, and its clock."""
+
+    flops, waits, traffic, turns = Counter(), Counter(), Counter(), 3
+    wait = staticmethod(torch.cuda.synchronize)
+    now = property(lambda self: torch.cuda.memory_allocated())
+    peak = property(lambda self: torch.cuda.max_memory_allocated(),
+                    lambda self, _: torch.cuda.reset_peak_memory_stats())
+
+    def settle(self):
+        """Called before the timed steps."""
+
+
+def measured(name, preset, config):
+    """The line of a stage: peak and speed of its steps on this GPU."""
+    if not torch.cuda.is_available():
+        raise cli.UsageError("--measure: expected a GPU, torch finds none")
+    found = run(dict(stage=name, preset=preset, config=vars(config), really=True))
+    return (f"Stage {name.upper()} {preset}, micro-batch {config.batch_size}"
+            f"{', compiled' * getattr(config, 'compile', False)}, {torch.cuda.get_device_name()}: "
+            f"peak of a step {found['step'] / GIB:.1f} GiB, reserved "
+            f"{found['reserved'] / GIB:.1f} GiB; {found['images'] / found['seconds']:.1f} images/s")
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 def run(job):
@@ -276,8 +330,9 @@ def run(job):
     # malloc gives each large tensor back at once, so that the kernel counts what lives
     done = subprocess.run(
         [sys.executable, "-m", "experiments.fit", "--job", json.dumps(job)], cwd=cli.ROOT,
-        env=dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1",
-                 MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0"),
+        env=os.environ if "really" in job else dict(
+            os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1",
+            MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0"),
         capture_output=True, text=True)
     if "RESULT " not in done.stdout:
         raise cli.UsageError(f"the step could not be run: {done.stderr.strip()[-300:]}")
@@ -290,6 +345,8 @@ def work(job):
     stage = STAGES[job["stage"]]
     config = stage.Config(**{key: tuple(value) if isinstance(value, list) else value
                              for key, value in job["config"].items()})
+    if "really" in job:
+        return step(job["stage"], job["preset"], config, Card(), previews=False)
     with fakegpu.pretend() as gpu:
         return step(job["stage"], job["preset"], config, gpu, job["previews"])
 
@@ -314,6 +371,7 @@ def main():
     parser.add_argument("--cards", default="40,80", help="GB of memory (40,80)")
     parser.add_argument("--share", type=float, default=0.3, help="of the nominal peak (0.3)")
     parser.add_argument("--check", action="store_true", help="the error of the counts, on this CPU")
+    parser.add_argument("--measure", action="store_true", help="peak and images/s on this GPU")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -330,6 +388,11 @@ def main():
     names = [name for name in args.stages if args.preset in STAGES[name].PRESETS]
     if not names:
         raise cli.UsageError(f"--preset {args.preset}: no stage of {args.stages} has it")
+    if args.measure:
+        for name in names:
+            print(measured(name, args.preset, changed(
+                STAGES[name].PRESETS[args.preset], args.settings)), flush=True)
+        return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tables = []
         for name in names:

@@ -1,7 +1,7 @@
 """Which of two models do people prefer? The blind study of §4.2 and Appendix C.
 
     python -m experiments.study draw --out first --scenes 200             options of sample.py, too
-    python -m experiments.study draw --out second --scenes 200 --guidance-c 1
+    python -m experiments.study draw --out second --scenes 200 --baseline runs/equal/ldm-s0/002029
     python -m experiments.study make first second --out runs/study        one static page
     python -m experiments.study count runs/study votes-*.json             what the voters said
     python -m experiments.study judge first second                        what the checker says
@@ -32,8 +32,9 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 import sample
+from experiments import equal_compute
 from experiments import prompt_accuracy as checker
-from plumbing import cli, training
+from plumbing import cli, pictures, training
 from plumbing.cli import UsageError
 from pocket import shapes
 
@@ -73,25 +74,35 @@ def draw(settings):
     jobs = checker.prompts(settings.scenes, settings.split, settings.seed + 1)
     prompts, scenes = map(list, zip(*jobs)) if jobs else (settings.prompt, [])
     prompts = read(settings.prompts).splitlines() if settings.prompts else prompts
-    about = json.dumps({**vars(settings), "out": None, "batch_size": None, "scenes": scenes})
+    about = json.dumps({**vars(settings), "out": None, "batch_size": None, "scenes": scenes},
+                       default=str)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "about.json").exists() and read(out / "about.json") != about:
         raise UsageError(f"{out}: holds pictures of other settings; give another --out")
     (out / "about.json").write_text(about, "utf-8")
     (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), "utf-8")
-    if not settings.real:
+    if settings.real:
+        def drawn(some):
+            return [shapes.render(scenes[i], (settings.size or (128,))[0]) for i in some]
+    elif settings.baseline:
+        images = equal_compute.load_baseline(settings.baseline / "checkpoint.pt", device)
+
+        def drawn(some):
+            return map(pictures.to_pil, images([prompts[i] for i in some], [
+                settings.seed + i for i in some], settings.guidance_c))
+    else:
         paths = sample.find(settings.weights, a=settings.stage_a, b=settings.stage_b,
                             c=settings.stage_c, compressor=settings.compressor)
         chain = sample.load_chain(**paths, clip=settings.clip, device=device)
         settings.size = settings.size or (chain.c.config.image_size,) * 2
+
+        def drawn(some):
+            return chain.draw([prompts[i] for i in some], [settings.seed + i for i in some],
+                              **{name: getattr(settings, name) for name in HOW})
     left = [i for i in range(len(prompts)) if not (out / f"{i:05d}.png").exists()]
     for first in tqdm(range(0, len(left), settings.batch_size), unit="batch"):
         some = left[first:first + settings.batch_size]
-        drawn = ([shapes.render(scenes[i], (settings.size or (128,))[0]) for i in some]
-                 if settings.real else
-                 chain.draw([prompts[i] for i in some], [settings.seed + i for i in some],
-                            **{name: getattr(settings, name) for name in HOW}))
-        for i, picture in zip(some, drawn):
+        for i, picture in zip(some, drawn(some)):
             picture.save(out / f"{i:05d}.png")
 
 
@@ -194,6 +205,7 @@ def main(argv=None):
     one = commands.add_parser("draw", parents=[sample.options()], add_help=False)
     one.add_argument("--scenes", type=int, default=0, help="prompts of the drawings' grammar")
     one.add_argument("--split", choices=("train", "heldout"), default="train")
+    one.add_argument("--baseline", type=Path, help="a run of equal_compute in place of C, B and A")
     one.add_argument("--real", action="store_true", help="the drawings of --scenes themselves")
     for name in ("make", "judge"):
         one = commands.add_parser(name)

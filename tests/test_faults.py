@@ -161,7 +161,7 @@ def test_own_errors_keep_their_traceback(main):
 @pytest.mark.slow
 def test_compile_without_a_compiler(drawings, tmp_path):
     """--compile on a machine without a C++ compiler: a sentence in place of 92 lines."""
-    done = command("stage_a.py", "--preset", "pocket", "--data", drawings, "--out", tmp_path,
+    done = command("stage_c.py", "--preset", "pocket", "--data", drawings, "--out", tmp_path,
                    "--compile", "--steps", 1, check=False, env=dict(
                        os.environ, PATH="/nonexistent", CXX="/nonexistent", OMP_NUM_THREADS="1",
                        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")))

@@ -18,6 +18,7 @@ import stage_b
 import stage_c
 from experiments import fit
 from plumbing import training
+from plumbing.cli import UsageError
 from test_shapes import TINY_A, TINY_B, TINY_C
 from tests.common import HERE
 
@@ -249,7 +250,7 @@ def test_gpu_bf16_learns_alike(tmp_path, drawings):
     """
     # the middle one: a single sample near |1 - B| = 0 makes one line ten times another
     small = dict(steps=100, batch_size=4, workers=0, log_every=10, preview_every=1000,
-                 save_every=1000, warmup=10, cooldown=0, compile=False)
+                 save_every=1000, warmup=10, cooldown=0)
     a, b = HERE / "pocket/stage_a.safetensors", HERE / "pocket/stage_b.safetensors"
     runs = {"a": (stage_a, lambda config, out: stage_a.train(config, drawings, out)),
             "b": (stage_b, lambda config, out: stage_b.train(config, drawings, out, a)),
@@ -324,6 +325,29 @@ def test_gpu_counts_agree_with_memory():
     """fit.py --check: what is counted is within a tenth of what the CPU really takes, C in fp32."""
     counted, real = (fit.run(dict(name="c", half=False, real=real)) for real in (False, True))
     assert abs(counted / real - 1) < 0.1, (counted, real)
+
+
+def test_measured_steps(monkeypatch):
+    """`fit --measure`: two steps warm up, then the clock starts; an image counts in each
+    micro-batch; and without a GPU it says so."""
+    class Card(fit.Card):
+        turns, now, ticks, settled = 2, 0, 0, []
+        peak = property(lambda self: 7, lambda self, _: None)
+
+        def wait(self):
+            self.ticks += 1
+
+        def settle(self):
+            self.settled.append(self.ticks)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 9)
+    config = replace(TINY_C, batch_size=2, accumulate=3)
+    found = fit.step("c", "pocket", config, card := Card(), previews=False)
+    assert (card.settled, card.ticks) == ([2], 4), "two steps before the clock, two under it"
+    assert (found["images"], found["step"], found["reserved"]) == (6, 7, 9)
+    assert 0 < found["seconds"] < 60
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="expected a GPU"):
+        fit.measured("c", "pocket", config)
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
