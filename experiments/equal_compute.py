@@ -10,7 +10,7 @@ train   for an eighth, a quarter, half and all of --tflop a run of its own, each
 curve   prompts right (prompt_accuracy.py, split "train") of these runs, kept in --results, and the
         figure of all that stands there, with Wilson's 95 % bands. The baseline gets the best of
         guidance 1, 2 and 4, chosen for each run on other prompts; C has 4. Rows of C are with the
-        Stage B in pocket/: after another is put there, give another --results.
+        Stages A and B of --weights, which count with all steps that they were trained for.
 
 A training step counts as three forward passes (price.py). All operations: with the frozen networks;
 for C also those of B, the compressor and A, for the baseline those of A. The pocket text tower,
@@ -38,6 +38,7 @@ from plumbing.cli import UsageError
 from pocket import shapes
 
 PRESETS = {"ldm": baseline_ldm.PRESETS["pocket"], "c": stage_c.PRESETS["pocket"]}
+RECIPE_B = stage_b.PRESETS["pocket"]
 SHARES = (8, 4, 2, 1)                          # parts of the budget: 1/8, …
 GUIDANCE = (1.0, 2.0, 4.0)
 FIELDS = dict(run=str, steps=int, seed=int, way=str, right=int, n=int, tflop=float, tflop_all=float)
@@ -50,9 +51,15 @@ def operations(model, samples=1):
                           price.of_c(PRESETS["c"], (3, 3)))
 
 
-def before(model, drawings=20_000):
-    """Operations of all that is trained or run beside the text model."""
+def before(model, stage_b_file=None, drawings=20_000):
+    """Operations of all that is trained or run beside the text model. stage_b_file: whose steps
+    count, with those of the runs that it went on from; None: those of Stage B's recipe.
+    """
     rows = price.pocket(drawings)
+    if model == "c" and stage_b_file:
+        n, learns, frozen = rows["Stage B"]
+        steps = sum(part["steps"] for part in checkpoint.parts(stage_b_file, "B"))
+        rows["Stage B"] = n, learns * steps / RECIPE_B.steps, frozen
     if model == "ldm":
         return sum(rows["Stage A"][1:]) + drawings * (
             price.of_a("pocket", 128) + price.of_text("pocket"))
@@ -147,16 +154,17 @@ def measure(folder, settings):
     path = folder / "checkpoint.pt"
     config = checkpoint.load_checkpoint(path, dict(ldm="LDM", c="C")[model])["config"]
     own = operations(model, steps * config["batch_size"])
+    paths = sample.find(settings.weights, "ab", c=path if model == "c" else None)
     row = dict(run=str(folder), seed=config["seed"], steps=steps, n=settings.n, tflop=own / 1e12,
-               tflop_all=(own + before(model)) / 1e12)
+               tflop_all=(own + before(model, paths["b"])) / 1e12)
     if model == "c":
-        chain = sample.load_chain(**sample.find("pocket", c=path), device=settings.device)
+        chain = sample.load_chain(**paths, device=settings.device)
 
         def draw(prompts, seeds):
             latents = sample.draw_latents(chain, prompts, seeds, 128, 128)
             return {way: stage_b.draw_images(chain, latents, words, seeds) for way, words in (
                 ("C + B + A", prompts), ("C + B without text + A", [""] * len(prompts)))}
-        return [dict(row, way=way, right=right, guidance=4.0)
+        return [dict(row, way=way, right=right, guidance=4.0, weights=settings.weights)
                 for way, right in judge(draw, settings.n, settings.seed).items()]
     draw_one = load_baseline(path, settings.device)
 
@@ -177,13 +185,16 @@ def figure(rows, path):
     sheet = Figure(figsize=(11, 4.5), layout="constrained")
     for axis, panel, label in zip(("tflop", "tflop_all"), sheet.subplots(1, 2, sharey=True),
                                   ("the text model alone", "all that is trained and run")):
-        for way, seed in sorted({(row["way"], row["seed"]) for row in rows}):
-            some = sorted((row for row in rows if (row["way"], row["seed"]) == (way, seed)),
-                          key=lambda row: row["tflop"])
+        lines = {}
+        for row in sorted(rows, key=lambda row: row["tflop"]):
+            of = row.get("weights", "pocket")
+            lines.setdefault((row["way"], row["seed"], of), []).append(row)
+        for (way, seed, weights), some in sorted(lines.items()):
             x, low, high = zip(*((row[axis], *checker.interval(row["right"], row["n"]))
                                  for row in some))
             panel.plot(x, [100 * row["right"] / row["n"] for row in some], color=WAYS[way],
-                       marker="os"[seed % 2], label=f"{way}, seed {seed}")
+                       marker="o" if weights == "pocket" else "*", linestyle="-:"[seed % 2],
+                       label=f"{way}, seed {seed}" + f", {weights}" * (weights != "pocket"))
             panel.fill_between(x, low, high, color=WAYS[way], alpha=0.15, linewidth=0)
         ldm, c = (max((row[axis] for row in rows if row["way"].startswith(model)), default=0)
                   for model in ("LDM", "C"))
@@ -236,6 +247,7 @@ def main(argv=None):
     one.add_argument("--n", type=int, default=200, help="prompts (200)")
     one.add_argument("--tries", type=int, default=60, help="prompts to choose guidance on (60)")
     one.add_argument("--seed", type=int, default=1, help="of prompts and noise (1); next: tries")
+    one.add_argument("--weights", default="pocket", help="Stages A and B of C's rows (pocket)")
     one.add_argument("--results", type=Path, default="runs/equal/curve.jsonl")
     one.add_argument("--figure", type=Path, default="runs/equal/baseline.png")
     settings = parser.parse_args(argv)

@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from plumbing import checkpoint
 from plumbing.cli import UsageError
 from pocket import shapes
 from tests.common import command, same_checkpoint
@@ -206,7 +208,7 @@ def test_shares_of_a_budget_are_runs_of_their_own(drawings, tmp_path, monkeypatc
     assert not (tmp_path / "run/000003").exists(), "its decay begins before the trunk's end"
 
 
-def test_budget_of_operations():
+def test_budget_of_operations(monkeypatch):
     """By hand: so many steps of so many pictures, three forward passes each; what is beside."""
     from experiments import equal_compute, price
     forward = price.of_baseline("pocket", 128)
@@ -219,12 +221,15 @@ def test_budget_of_operations():
         equal_compute.operations("c", 2000 * 128), rel=3e-4)
     total = sum(sum(row[1:]) for row in price.pocket().values())
     assert equal_compute.before("c") + equal_compute.operations("c", 256_000) == total
+    monkeypatch.setattr(checkpoint, "parts", lambda *_: [{"steps": 11_000}, {"steps": 5_500}])
+    longer = equal_compute.before("c", "b.pt") - equal_compute.before("c")
+    assert longer == pytest.approx(price.pocket()["Stage B"][1] / 2), "half as many steps again"
 
 
 @pytest.mark.slow
 def test_equal_compute_command(drawings, tmp_path, monkeypatch, capsys):
     """Baseline and Stage C train for a budget, and the curve has a row for each way, kept once."""
-    from experiments import baseline_ldm, equal_compute
+    from experiments import baseline_ldm, equal_compute, study
     monkeypatch.setattr(equal_compute, "SHARES", (1,))
     monkeypatch.setattr(equal_compute, "PRESETS", {
         "ldm": dataclasses.replace(baseline_ldm.PRESETS["pocket"], batch_size=4),
@@ -241,6 +246,10 @@ def test_equal_compute_command(drawings, tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert sorted(row["way"] for row in rows) == sorted(equal_compute.WAYS)
     assert all(row["steps"] == row["n"] == 2 and 0 <= row["right"] <= 2 for row in rows)
+    for _ in range(2):                                         # the second has nothing to draw
+        study.main(["draw", "--baseline", str(tmp_path / "ldm/000002"), "--scenes", "2",
+                    "--out", str(tmp_path / "drawn")])
+    assert Image.open(tmp_path / "drawn/00001.png").size == (128, 128)
     with pytest.raises(UsageError, match="expected at least 1,"):
         equal_compute.main(["train", "c", "--tflop", str(one / 9), "--data", str(drawings)])
 
