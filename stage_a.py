@@ -110,6 +110,17 @@ class ResBlock(nn.Module):
         return x + self.channelwise(y).permute(0, 3, 1, 2) * g[5]         # (B, C, h, w)
 
 
+@torch.no_grad()
+def nearest(x, codes):
+    """Which of codes (K, C) is nearest to each x (B, h, w, C): least |c|^2 / 2 - x c, int64."""
+    # not in bf16, which picks another code for one vector in seven; MPS has no float64
+    rows = x.flatten(0, 2).to(torch.float32 if x.device.type == "mps" else torch.float64)
+    with torch.autocast(x.device.type, enabled=False):
+        c = codes.to(rows.dtype)                                          # (K, C)
+        return torch.cat([torch.addmm(c.square().sum(1) / 2, some, c.T, alpha=-1).argmin(1)
+                          for some in rows.split(16_384)]).view(x.shape[:3])    # in (16384, K)
+
+
 class VectorQuantizer(nn.Module):
     """The codebook: each latent vector becomes the nearest of K codes (VQ-VAE)."""
 
@@ -120,14 +131,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, latents, commitment):
         """(B, C, h, w) -> quantised (B, C, h, w), indices (B, h, w) int64, loss (scalar)."""
-        x = latents.permute(0, 2, 3, 1)                                   # (B, h, w, C)
-        codes = self.embedding.weight
-        # The nearest code, 32,768 vectors at a time. In float32 and without a matrix product, even
-        # under autocast: distances from bf16 pick another code for one vector in seven.
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            indices = torch.cat([                                         # (n, K) -> (n,)
-                torch.cdist(rows, codes.float(), compute_mode="donot_use_mm_for_euclid_dist")
-                .argmin(1) for rows in x.flatten(0, 2).float().split(32_768)]).view(x.shape[:3])
+        indices = nearest(latents.permute(0, 2, 3, 1), self.embedding.weight)
         quantised = self.embedding(indices).permute(0, 3, 1, 2)           # (B, C, h, w)
         # The first term moves codes towards latents, the second latents towards codes.
         vq_loss = (F.mse_loss(quantised, latents.detach())

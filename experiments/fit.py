@@ -47,7 +47,7 @@ from plumbing import checkpoint, cli, pictures, text, training
 STAGES = {"a": stage_a, "b": stage_b, "c": stage_c}
 GIB = 2 ** 30
 USABLE = {40: 39.4, 80: 79.1}                    # GiB that torch reports of an A100's memory
-PEAK = {"bfloat16": 312e12, "float32": 156e12}        # A100, nominal; float32 as TF32
+PEAK = {"bfloat16": 312e12, "float32": 156e12, "float64": 19.5e12}   # A100, nominal; 32 as TF32
 BANDWIDTH = 1.555e12                             # bytes/s, A100 of 40 GB, nominal
 LOADER = 243 * 512 ** 2                          # pixels a core-second: docs/speed.md, Loading
 CHECKS = {                                       # settings whose step a CPU can do, too

@@ -107,12 +107,14 @@ def found():
 
 @pytest.mark.parametrize("name", "abc")
 def test_gpu_path_is_consistent(found, name):
-    """Step, preview and samplers of each stage on fake CUDA tensors: one device, no float64, no two
-    dtypes in a product, and one wait of the host for the GPU in each step but for the log line.
+    """Step, preview and samplers of each stage on fake CUDA tensors: one device, no float64 but for
+    the distances to codes, no two dtypes in a product, and one wait of the host for the GPU in each
+    step but for the log line.
     """
     step = found[name]
     assert isinstance(step, dict), f"Stage {name.upper()} on a GPU: {step}"
-    assert set(step["flops"]) <= {"bfloat16", "float32"} and step["aside"] > 0, step
+    allowed = {"bfloat16", "float64" if name == "a" else "float32"}
+    assert set(step["flops"]) <= allowed and step["aside"] > 0, step
     waits = [place for kind, place, times in step["waits"] for _ in range(times)
              if "numbers.update" not in place]                            # the log line's own
     assert len(waits) == 1 and "flags.tolist()" in waits[0], (
