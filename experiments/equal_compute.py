@@ -58,7 +58,8 @@ def before(model, stage_b_file=None, drawings=20_000):
     rows = price.pocket(drawings)
     if model == "c" and stage_b_file:
         n, learns, frozen = rows["Stage B"]
-        steps = sum(part["steps"] for part in checkpoint.parts(stage_b_file, "B"))
+        steps = sum(part["steps"] for part in checkpoint.parts(stage_b_file, "B")
+                    if "pocket.teach" not in str(part["command"]))      # a row of its own
         rows["Stage B"] = n, learns * steps / RECIPE_B.steps, frozen
     if model == "ldm":
         return sum(rows["Stage A"][1:]) + drawings * (

@@ -221,7 +221,9 @@ def test_budget_of_operations(monkeypatch):
         equal_compute.operations("c", 2000 * 128), rel=3e-4)
     total = sum(sum(row[1:]) for row in price.pocket().values())
     assert equal_compute.before("c") + equal_compute.operations("c", 256_000) == total
-    monkeypatch.setattr(checkpoint, "parts", lambda *_: [{"steps": 11_000}, {"steps": 5_500}])
+    monkeypatch.setattr(checkpoint, "parts", lambda *_: [
+        dict(command="python -m pocket.teach", steps=3000),
+        *(dict(command="python stage_b.py", steps=steps) for steps in (11_000, 5_500))])
     longer = equal_compute.before("c", "b.pt") - equal_compute.before("c")
     assert longer == pytest.approx(price.pocket()["Stage B"][1] / 2), "half as many steps again"
 
