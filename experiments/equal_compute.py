@@ -197,6 +197,8 @@ def figure(rows, path):
                        marker="o" if weights == "pocket" else "*", linestyle="-:"[seed % 2],
                        label=f"{way}, seed {seed}" + f", {weights}" * (weights != "pocket"))
             panel.fill_between(x, low, high, color=WAYS[way], alpha=0.15, linewidth=0)
+            if len(x) == 1:
+                panel.vlines(x, low, high, color=WAYS[way])
         ldm, c = (max((row[axis] for row in rows if row["way"].startswith(model)), default=0)
                   for model in ("LDM", "C"))
         if ldm < 0.98 * c:
@@ -206,7 +208,8 @@ def figure(rows, path):
         panel.xaxis.set_major_formatter("{x:.0f}")
         panel.grid(alpha=0.3)
     sheet.axes[0].set_ylabel("prompts right, %, with 95 % bands")
-    sheet.axes[0].legend(fontsize=8)
+    sheet.legend(*sheet.axes[0].get_legend_handles_labels(), fontsize=8, ncols=3,
+                 loc="outside lower center")
     sheet.savefig(path, dpi=100)
 
 
