@@ -12,6 +12,9 @@ the prompt, and says what is there; `compare` then holds that against what the p
     C+B+A           from the prompt
     C+B+A, no text in B; other text in B: that of the next prompt. Who draws what is asked for?
 
+Of the held-out split three parts are counted apart: one object of a held-out colour and shape, such
+an object beside another, and two objects that are seen in training, but not together.
+
 Writes accuracy.json and failures.png into --out and prints a table with 95 % intervals (Wilson).
 """
 
@@ -206,6 +209,13 @@ def tally(judged):
     return table
 
 
+def part(scene):
+    """What a scene of the held-out split holds out."""
+    if "object" not in scene["held_out"]:
+        return "a pair"
+    return "an object alone" if len(scene["objects"]) == 1 else "an object in a pair"
+
+
 @torch.no_grad()
 def draw(chain, jobs, seeds, settings, ways):
     """Draw one batch in all the ways: {way: (B, 3, H, W)}."""
@@ -261,6 +271,10 @@ def main():
                         wrong = [name for name, good in right.items() if not good and name != "all"]
                         failures.append((image.cpu(), f"{caption} [{', '.join(wrong)}]"))
         report[label] = {way: tally(votes) for way, votes in judged.items()}
+        for name in sorted({part(scene) for _, scene in jobs}) if split == "heldout" else ():
+            report[f"{label}: {name}"] = {
+                way: tally([right for right, (_, scene) in zip(votes, jobs) if part(scene) == name])
+                for way, votes in judged.items()}
     (settings.out / "accuracy.json").write_text(json.dumps(
         dict(settings={name: str(value) for name, value in vars(settings).items()}, **report),
         indent=1) + "\n")
@@ -269,7 +283,8 @@ def main():
         pictures.grid([image for image, _ in chosen], 8, [text for _, text in chosen]).save(
             settings.out / "failures.png")
     for label, ways in report.items():
-        print(f"\n| {label}, {settings.n} prompts, % right | " + " | ".join(ATTRIBUTES) + " |")
+        n = ways["the drawings"]["all"]["of"]
+        print(f"\n| {label}, {n} prompts, % right | " + " | ".join(ATTRIBUTES) + " |")
         print("|---" * (len(ATTRIBUTES) + 1) + "|")
         for way, table in ways.items():
             cells = [""] * len(ATTRIBUTES)
