@@ -15,7 +15,8 @@ the prompt, and says what is there; `compare` then holds that against what the p
 Of the held-out split three parts are counted apart: one object of a held-out colour and shape, such
 an object beside another, and two objects that are seen in training, but not together.
 
-Writes accuracy.json and failures.png into --out and prints a table with 95 % intervals (Wilson).
+Writes accuracy.json, with every prompt that C+B+A drew wrong, and failures.png into --out and prints
+a table with 95 % intervals (Wilson).
 """
 
 import json
@@ -276,8 +277,8 @@ def main():
                 way: tally([right for right, (_, scene) in zip(votes, jobs) if part(scene) == name])
                 for way, votes in judged.items()}
     (settings.out / "accuracy.json").write_text(json.dumps(
-        dict(settings={name: str(value) for name, value in vars(settings).items()}, **report),
-        indent=1) + "\n")
+        dict(settings={name: str(value) for name, value in vars(settings).items()}, **report,
+             wrong=[text for _, text in failures]), indent=1) + "\n")
     if failures:
         chosen = failures[:: max(1, len(failures) // 48)][:48]
         pictures.grid([image for image, _ in chosen], 8, [text for _, text in chosen]).save(

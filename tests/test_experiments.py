@@ -76,6 +76,9 @@ def test_prompt_accuracy_command(chain, tmp_path):
     assert {name: ways["C+B+A"]["all"]["of"] for name, ways in report.items() if "held" in name} == {
         "held out": 4, "held out: a pair": 1, "held out: an object alone": 2,
         "held out: an object in a pair": 1}
+    assert len(report["wrong"]) == sum(
+        rows["all"]["of"] - rows["all"]["right"]
+        for rows in (report["seen"]["C+B+A"], report["held out"]["C+B+A"]))
     assert "| C+B+A, other text in B |" in done.stdout and (tmp_path / "failures.png").exists()
 
 
