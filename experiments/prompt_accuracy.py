@@ -15,8 +15,8 @@ the prompt, and says what is there; `compare` then holds that against what the p
 Of the held-out split three parts are counted apart: one object of a held-out colour and shape, such
 an object beside another, and two objects that are seen in training, but not together.
 
-Writes accuracy.json, with every prompt that C+B+A drew wrong, and failures.png into --out and prints
-a table with 95 % intervals (Wilson).
+Writes accuracy.json, with every prompt that C+B+A drew wrong, and failures.png into --out, and
+prints tables with 95 % intervals (Wilson).
 """
 
 import json

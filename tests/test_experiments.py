@@ -73,9 +73,9 @@ def test_prompt_accuracy_command(chain, tmp_path):
                    "--steps-c", 2, "--steps-b", 2, "--out", tmp_path)
     report = json.loads((tmp_path / "accuracy.json").read_text())
     assert report["seen"]["the drawings"]["all"]["percent"] == 100
-    assert {name: ways["C+B+A"]["all"]["of"] for name, ways in report.items() if "held" in name} == {
-        "held out": 4, "held out: a pair": 1, "held out: an object alone": 2,
-        "held out: an object in a pair": 1}
+    sizes = {name: ways["C+B+A"]["all"]["of"] for name, ways in report.items() if "held" in name}
+    assert sizes == {"held out": 4, "held out: a pair": 1, "held out: an object alone": 2,
+                     "held out: an object in a pair": 1}
     assert len(report["wrong"]) == sum(
         rows["all"]["of"] - rows["all"]["right"]
         for rows in (report["seen"]["C+B+A"], report["held out"]["C+B+A"]))
