@@ -147,7 +147,7 @@ class LDM(nn.Module):
 
 def loss(model, x_0, text):
     """-> scalar, t, error of eps (B,). E.4 names no loss; this, v's error (Salimans & Ho, 2022),
-    was better than pocket Stage B's for such blocks on these latents: docs/findings.md.
+    was better than that of x_0 for such blocks on these latents: docs/findings.md.
     """
     t, noise = stage_b.draw_t(len(x_0), x_0.device), torch.randn_like(x_0)
     eps_hat = model(stage_b.diffuse(x_0, t, noise), t, text)              # (B, 4, H, W)

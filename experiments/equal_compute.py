@@ -156,7 +156,8 @@ def measure(folder, settings):
     config = checkpoint.load_checkpoint(path, dict(ldm="LDM", c="C")[model])["config"]
     own = operations(model, steps * config["batch_size"])
     paths = sample.find(settings.weights, "ab", c=path if model == "c" else None)
-    row = dict(run=str(folder), seed=config["seed"], steps=steps, n=settings.n, tflop=own / 1e12,
+    row = dict(run=str(folder), seed=config["seed"], steps=steps, n=settings.n,
+               prompts=settings.seed, tflop=own / 1e12,
                tflop_all=(own + before(model, paths["b"])) / 1e12)
     if model == "c":
         chain = sample.load_chain(**paths, device=settings.device)
@@ -214,17 +215,19 @@ def figure(rows, path):
 
 
 def curve(settings):
-    settings.results.parent.mkdir(parents=True, exist_ok=True)
+    for path in (settings.results, settings.figure):
+        path.parent.mkdir(parents=True, exist_ok=True)
     kept = settings.results.read_text().splitlines() if settings.results.exists() else []
     rows = [cli.read_json(settings.results, FIELDS, line) for line in kept]
-    known = {(row["run"], row["steps"], row["n"]) for row in rows}
+    known = {(row["run"], row["steps"], row["n"], row.get("prompts", 1)) for row in rows
+             if row.get("weights", settings.weights) == settings.weights}       # LDM: A alone
     if lacking := [str(run) for run in settings.runs if not [*run.glob("[0-9]" * 6)]]:
         raise UsageError(f"{lacking[0]}: expected the --out of `equal_compute train`")
     for folder in sorted(one for run in settings.runs for one in run.glob("[0-9]" * 6)):
         model, steps = taken(folder)
         if steps < int(folder.name):
             print(f"{folder}: left out, it is at step {steps}")
-        elif (str(folder), steps, settings.n) not in known:
+        elif (str(folder), steps, settings.n, settings.seed) not in known:
             found = measure(folder, settings)
             rows += found
             with open(settings.results, "a") as file:

@@ -381,7 +381,13 @@ def main():
             print(f"Stage {name.upper()} {'bf16' if half else 'fp32'}: counted {counted:.2f} GiB, "
                   f"really {real:.2f}: {counted / real - 1:+.1%}", flush=True)
         return
-    cards = [float(card) for card in args.cards.split(",")]
+    try:
+        cards = [float(card) for card in args.cards.split(",")]
+    except ValueError:
+        raise cli.UsageError(f"--cards {args.cards}: expected GB, such as 40,80") from None
+    if set(args.stages) - set(STAGES) or args.share <= 0:
+        raise cli.UsageError(f"--stages {args.stages} --share {args.share}: expected letters of "
+                             "abc and a share above 0")
     names = [name for name in args.stages if args.preset in STAGES[name].PRESETS]
     if not names:
         raise cli.UsageError(f"--preset {args.preset}: no stage of {args.stages} has it")

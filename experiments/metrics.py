@@ -34,6 +34,7 @@ import semantic_compressor
 from experiments import study
 from plumbing import checkpoint, cli, training
 from plumbing.cli import UsageError
+from sources.captions import BadSample
 from sources.tars import PICTURES
 
 SIDES = {"pocket": 128, "inception": 256}      # of the pictures that are compared, in pixels
@@ -110,16 +111,24 @@ def files_in(folder):
     return found
 
 
+def opened(path):
+    """The picture in a file. Raises UsageError."""
+    try:
+        return data.decode(path.read_bytes())
+    except BadSample as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
 @torch.no_grad()
 def features(net, files, side, device, change=square, label=""):
     """-> features (n, D) and logits (n, K) or None, of the pictures after `change`."""
     found = []
     for first in tqdm(range(0, len(files), 50), desc=label, unit="batch", leave=False):
-        some = [pil_to_tensor(change(data.decode(path.read_bytes()), side))
+        some = [pil_to_tensor(change(opened(path), side))
                 for path in files[first:first + 50]]
         found.append(net(torch.stack(some).to(device)))
     columns = list(zip(*found))
-    return [torch.cat(column).double().cpu() if column[0] is not None else None
+    return [torch.cat(column).cpu().double() if column[0] is not None else None
             for column in columns]
 
 
@@ -166,8 +175,7 @@ def likeness(where, files, prompts, device):
     model, found = model.to(device).eval(), []
     for first in tqdm(range(0, len(prompts), 32), desc=where, unit="batch", leave=False):
         some = slice(first, first + 32)
-        inputs = prepare(text=prompts[some], images=[data.decode(path.read_bytes())
-                                                     for path in files[some]],
+        inputs = prepare(text=prompts[some], images=[opened(path) for path in files[some]],
                          return_tensors="pt", padding="max_length", truncation=True)
         out = model(**inputs.to(device))
         found.append((out.image_embeds * out.text_embeds).sum(1).cpu())
@@ -178,9 +186,11 @@ def likeness(where, files, prompts, device):
 
 def robustness(net, files, real, settings, device):
     """Table 3 on these files: prints the distances, draws them beside the paper's."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("--robustness: matplotlib is not installed: pip install matplotlib"
+                         ) from None
     side, rows = SIDES[settings.features], []
     print("\n| manipulation | here | paper, COCO 30k | paper, CelebA-HQ |\n|---|---|---|---|")
     for name, *paper, change in TABLE_3:
@@ -190,7 +200,8 @@ def robustness(net, files, real, settings, device):
     names, *columns = zip(*rows)
     titles = (f"here: {settings.features} features, n = {len(files):,}",
               "paper: FID, COCO, n = 30,000", "paper: FID, CelebA-HQ")
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     for axis, title, values in zip(axes, titles, columns):
         axis.barh(names, values, color=["#c44"] * 6 + ["#48c"] * 2 + ["#e90"] + ["#888"] * 4)
         axis.set(xscale="log", title=title)
@@ -223,6 +234,9 @@ def main(argv=None):
         score = "{:.2f} ± {:.2f}".format(*inception_score(logits)) if logits is not None else ""
         if settings.text:
             prompts = study.read(folder / "prompts.txt").splitlines()
+            if len(prompts) != len(mine):
+                raise UsageError(f"{folder}/prompts.txt: found {len(prompts)} prompts, expected "
+                                 f"{len(mine)}, one for each picture")
             likes.append(likeness(PICKSCORE, mine, prompts, device))
             clip = f"{100 * likeness(CLIP, mine, prompts, device).clamp_min(0).mean():.2f}"
         print(f"| {folder} | {len(mine):,} | {frechet(real, found):.3f} | {score} | "

@@ -2,9 +2,10 @@
 
     python -m experiments.prompt_accuracy [--weights runs/pocket] [--n 1000] [--seed 1] [--out DIR]
 
-Prompts come from the grammar of pocket/shapes.py, half of them with one object, half with two, from
-the training split ("seen") and from the held-out one apart. `look_at` sees only the picture, never
-the prompt, and says what is there; `compare` then holds that against what the prompt mentions.
+Prompts come from the grammar of pocket/shapes.py, with one object and two in turn; one that came
+before, mostly of a single object, is left out. Those of the training split ("seen") and those of
+the held-out one are counted apart. `look_at` sees only the picture, never the prompt, and says what
+is there; `compare` then holds that against what the prompt mentions.
 
     the drawings    themselves: what the checker can do
     A               through Stage A
@@ -32,6 +33,7 @@ import sample
 import semantic_compressor
 import stage_b
 from plumbing import cli, pictures, training
+from plumbing.cli import UsageError
 from pocket import shapes
 
 
@@ -181,7 +183,8 @@ ATTRIBUTES = ("all", "count", "colour", "shape", "size", "place", "relation", "b
 
 
 def prompts(n, split, seed):
-    """n different (caption, scene); half of the scenes have two objects; captions vary."""
+    """n different (caption, scene): one object and two in turn, but for captions that came before.
+    """
     found, attempt = {}, 0
     while len(found) < n:
         rng = np.random.RandomState([seed, 4 if split == "train" else 5, attempt])
@@ -254,6 +257,9 @@ def main():
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--out", default="runs/accuracy", type=Path)
     settings = parser.parse_args()
+    if settings.batch_size == 1 or settings.n % settings.batch_size == 1:
+        raise UsageError(f"--n {settings.n} --batch-size {settings.batch_size} has a batch of one "
+                         "prompt, which needs a second for \"other text in B\"; give another --n")
     training.setup(0)
     chain = sample.load_chain(**sample.find(settings.weights))
     settings.out.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,9 @@ import sample
 import semantic_compressor
 import stage_b
 from experiments import prompt_accuracy as checker
+from experiments import study
 from plumbing import checkpoint, cli, pictures, training
+from plumbing.cli import UsageError
 from pocket import shapes
 
 WIDTHS = {"paper": (512, 256, 128, 64),       # Appendix D: 24x24 -> 384 px; 3,858,371 parameters
@@ -54,11 +56,13 @@ def train(chain, settings, device):
     """The decoder for this compressor; one that --out holds is used, or goes on from its step."""
     path, decoder = settings.out / "decoder.pt", small_decoder(WIDTHS[settings.preset])
     decoder.to(device, memory_format=torch.channels_last)                 # faster on a CPU
-    known = dict(compressor=checkpoint.checksum(chain.compressor.state_dict()),
-                 preset=settings.preset, steps=settings.steps, batch_size=settings.batch_size)
+    source = settings.data or "shards/shapes"
+    known = dict(compressor=checkpoint.checksum(chain.compressor.state_dict()), data=source,
+                 **{name: getattr(settings, name) for name in (
+                     "preset", "steps", "batch_size", "lr")})
     found = torch.load(path, map_location=device) if path.exists() else {}
-    if found and {name: found[name] for name in known} != known:
-        print(f"{path}: of another compressor, preset, batch or number of steps; trained anew")
+    if found and {name: found.get(name) for name in known} != known:
+        print(f"{path}: of another compressor, data or setting; trained anew")
         found = {}
     size, begin = chain.c.config.image_size, found.get("step", 0)
     optimizer = torch.optim.AdamW(decoder.parameters(), settings.lr)
@@ -68,9 +72,8 @@ def train(chain, settings, device):
     if begin == settings.steps:
         return decoder.eval()
     if settings.data is None:
-        settings.data = "shards/shapes"
-        shapes.make_shapes(settings.data)
-    batches = data.stream(data.CaptionedImages(settings.data, resize=size, crop=size, center=True),
+        shapes.make_shapes(source)
+    batches = data.stream(data.CaptionedImages(source, resize=size, crop=size, center=True),
                           settings.batch_size, workers=1)
     if found:
         batches.load_state_dict(found["data"])
@@ -159,13 +162,16 @@ def main(argv=None):
     add("--figure", default="runs/small_decoder/who_draws.png", type=Path)
     settings = parser.parse_args(argv)
     device = training.setup(0)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    chain = sample.load_chain(**sample.find(settings.weights), device=device)
-    decoder = train(chain, settings, device)
     if settings.prompts:
-        prompts, scenes = Path(settings.prompts).read_text("utf-8").splitlines(), []
+        prompts, scenes = study.read(settings.prompts).splitlines(), []
     else:
         prompts, scenes = map(list, zip(*checker.prompts(max(settings.n, 6), "train", 1)))
+    if not prompts:
+        raise UsageError(f"{settings.prompts}: empty, expected a prompt on each line")
+    for folder in (settings.out, settings.figure.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    chain = sample.load_chain(**sample.find(settings.weights), device=device)
+    decoder = train(chain, settings, device)
     sheet, alike = figure(chain, decoder, prompts, scenes, min(6, len(prompts)))
     sheet.save(settings.figure)
     print(f"{settings.figure}; two pictures that differ in the seed of B alone agree to "

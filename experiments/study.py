@@ -53,6 +53,9 @@ def read(path):
 def pairs_of(first, second):
     """[(prompt, its pictures in both folders)]. Raises UsageError."""
     prompts, found = read(first / "prompts.txt").splitlines(), []
+    other = second / "prompts.txt"
+    if other.exists() and read(other).splitlines() != prompts:
+        raise UsageError(f"{other}: other prompts than in {first}/prompts.txt; expected the same")
     for number, prompt in enumerate(prompts):
         paths = [folder / f"{number:05d}.png" for folder in (first, second)]
         for path in paths:
@@ -70,7 +73,16 @@ def draw(settings):
     """One picture for each prompt; a call that was stopped goes on."""
     if settings.n > 1 or settings.stages or settings.reconstruct:
         raise UsageError("draw has one picture for each prompt: no --n, --stages, --reconstruct")
-    out, device = Path(settings.out), training.setup(settings.seed)
+    ways = settings.scenes, settings.prompts, settings.prompt
+    if sum(map(bool, ways)) != 1 or settings.real and not settings.scenes or not settings.out:
+        raise UsageError("draw: expected --out, and prompts of one kind: --scenes, --prompts or "
+                         "written out; --real needs --scenes")
+    default = sample.options().get_default
+    if settings.baseline and (more := [name for name in HOW if name != "guidance_c"
+                                       and getattr(settings, name) != default(name)]):
+        raise UsageError(f"draw --baseline: found --{more[0].replace('_', '-')}, expected "
+                         "--guidance-c alone")
+    out, device = Path(settings.out), training.setup(settings.seed, settings.device)
     jobs = checker.prompts(settings.scenes, settings.split, settings.seed + 1)
     prompts, scenes = map(list, zip(*jobs)) if jobs else (settings.prompt, [])
     prompts = read(settings.prompts).splitlines() if settings.prompts else prompts
@@ -207,6 +219,7 @@ def main(argv=None):
     one.add_argument("--split", choices=("train", "heldout"), default="train")
     one.add_argument("--baseline", type=Path, help="a run of equal_compute in place of C, B and A")
     one.add_argument("--real", action="store_true", help="the drawings of --scenes themselves")
+    one.set_defaults(out=None)
     for name in ("make", "judge"):
         one = commands.add_parser(name)
         one.add_argument("first", type=Path, help="a folder of pictures with its prompts.txt")
@@ -222,7 +235,8 @@ def main(argv=None):
         print(table(f"{settings.first} against {settings.second}", row(
             "the checker, no person", judge(settings.first, settings.second))))
     elif settings.what == "count":
-        print(count(json.loads(read(settings.study / "key.json")), settings.files))
+        print(count(cli.read_json(settings.study / "key.json", dict(
+            study=str, models=list, key=dict)), settings.files))
     else:
         dict(draw=draw, make=make)[settings.what](settings)
 

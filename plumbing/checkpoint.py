@@ -85,6 +85,7 @@ def damaged(path, *state):
 MADE_BY = {"A": "Stage A, as `python stage_a.py --data …` makes it; or name it with --stage-a",
            "B": "Stage B, as `python stage_b.py --data …` makes it; or name it with --stage-b",
            "C": "Stage C, as `python stage_c.py --data …` makes it",
+           "LDM": "the baseline, as `python -m experiments.equal_compute train ldm` makes it",
            "compressor": "the Semantic Compressor: take `--compressor released` (81 MB), or train "
                          "it by `python stage_a.py --data …` and `python stage_b.py --data …`"}
 KINDS = {**dict.fromkeys(("config", "model", "ema", "compressor_config", "compressor_ema", "probe",

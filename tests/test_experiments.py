@@ -80,6 +80,8 @@ def test_prompt_accuracy_command(chain, tmp_path):
         rows["all"]["of"] - rows["all"]["right"]
         for rows in (report["seen"]["C+B+A"], report["held out"]["C+B+A"]))
     assert "| C+B+A, other text in B |" in done.stdout and (tmp_path / "failures.png").exists()
+    done = command("-m", "experiments.prompt_accuracy", "--n", 51, check=False)
+    assert "a batch of one prompt" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -252,6 +254,13 @@ def test_equal_compute_command(drawings, tmp_path, monkeypatch, capsys):
                             "--figure", str(tmp_path / "f.png")])
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert sorted(row["way"] for row in rows) == sorted(equal_compute.WAYS)
+    measured = []
+    monkeypatch.setattr(equal_compute, "measure", lambda *more: measured.append(more) or rows)
+    for other in (["--weights", "runs/pocket"], ["--seed", "2"]):
+        equal_compute.main(["curve", str(tmp_path / "c"), "--n", "2", "--results",
+                            str(tmp_path / "rows.jsonl"), "--figure", str(tmp_path / "f.png"),
+                            *other])
+    assert len(measured) == 2, "rows with other weights or prompts were taken for these"
     assert all(row["steps"] == row["n"] == 2 and 0 <= row["right"] <= 2 for row in rows)
     for _ in range(2):                                         # the second has nothing to draw
         study.main(["draw", "--baseline", str(tmp_path / "ldm/000002"), "--scenes", "2",
@@ -315,6 +324,10 @@ def test_small_decoder_command(chain, drawings, tmp_path, capsys):
     text = run("--steps", "3", "--prompts", str(tmp_path / "prompts.txt"))
     assert (tmp_path / "decoder.pt").read_bytes() == before and "% right" not in text, text
     assert "trained anew" in run("--steps", "2", "--n", "6")
+    assert "trained anew" in run("--steps", "2", "--n", "6", "--lr", "1e-3")
+    (tmp_path / "prompts.txt").write_text("")
+    with pytest.raises(UsageError, match="prompts.txt: empty"):
+        run("--steps", "9", "--prompts", str(tmp_path / "prompts.txt"))
 
 
 def test_classes_in_place_of_captions(chain, drawings, tmp_path, monkeypatch, capsys):

@@ -351,6 +351,16 @@ def test_measured_steps(monkeypatch):
 
 # ---- torch.compile -------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("arguments, said", [
+    ("--stages d", "letters of abc"), ("--cards 24GB", "--cards 24GB: expected GB"),
+    ("--share 0", "a share above 0"), ("--preset none", "no stage of abc has it")])
+def test_fit_refuses(arguments, said, monkeypatch):
+    """What it cannot count is one sentence."""
+    monkeypatch.setattr("sys.argv", ["fit", *arguments.split()])
+    with pytest.raises(UsageError, match=said):
+        fit.main()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [
     ("c", "plain"), ("c", "checkpointed"), ("c", "keys and values given"),

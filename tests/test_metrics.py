@@ -107,6 +107,9 @@ def test_offline_says_which_file_goes_where(folders, tmp_path, monkeypatch):
         metrics.main([*folders, "--features", "inception"])
     with pytest.raises(UsageError, match="found 0 pictures"):
         metrics.main([str(tmp_path / "nowhere")])
+    (tmp_path / "noise/00003.png").write_bytes(b"<html>")
+    with pytest.raises(UsageError, match="noise/00003.png: cannot be decoded"):
+        metrics.main(folders)
 
 
 @pytest.mark.slow

@@ -55,8 +55,24 @@ def test_nothing_that_voters_get_unblinds(folders, made):
         "the models' pictures alternate when sorted by name")
 
 
+@pytest.mark.parametrize("arguments, said", [
+    ("", "prompts of one kind"), ("star --scenes 2", "prompts of one kind"),
+    ("--scenes 2 --prompts p.txt", "prompts of one kind"), ("star --real", "--real needs --scenes"),
+    ("star --baseline run --steps-c 5", "found --steps-c, expected --guidance-c alone"),
+    ("star --baseline run", "expected a checkpoint of the baseline"),
+    ("star --n 2", "no --n")])
+def test_what_cannot_be_drawn_is_refused(arguments, said, tmp_path):
+    """Prompts of two kinds or of none, and options that would do nothing: one sentence."""
+    with pytest.raises(UsageError, match=said):
+        call("draw", "--out", tmp_path / "drawn", *arguments.split())
+    if not arguments:
+        with pytest.raises(UsageError, match="expected --out"):
+            call("draw", "--scenes", 2)
+
+
 def test_what_cannot_be_a_study_is_refused(folders, made, tmp_path):
-    """A missing picture, sizes that differ, an --out in use and foreign votes: one sentence."""
+    """A missing picture, sizes or prompts that differ, an --out in use and foreign votes or keys:
+    one sentence."""
     def refused(said, *arguments):
         with pytest.raises(UsageError, match=said):
             call(*arguments)
@@ -70,6 +86,10 @@ def test_what_cannot_be_a_study_is_refused(folders, made, tmp_path):
         (tmp_path / "votes").write_text(json.dumps(votes))
         refused(said, "count", made, tmp_path / "votes")
     refused("about.json", "judge", *folders)
+    (folders[1] / "prompts.txt").write_text("another\n")
+    refused("other prompts than in .*red", "make", *folders, "--out", tmp_path / "new")
+    (made / "key.json").write_text('{"study": "s"')
+    refused("key.json: found no JSON", "count", made, tmp_path / "votes")
 
 
 def voted(tmp_path, known, voter, *choices):
