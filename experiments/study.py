@@ -47,7 +47,7 @@ def read(path):
     try:
         return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: expected what experiments.study writes ({error})") from None
+        raise UsageError(f"{path}: expected a file of UTF-8 text ({error})") from None
 
 
 def pairs_of(first, second):
