@@ -206,7 +206,7 @@ def figure(rows, path):
             panel.set_title(f"LDM at C's {c:.0f} TFLOP: not measured", fontsize=10)
         panel.set(xlabel=f"TFLOP of {label}", ylim=(0, None))
         panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter("{x:.3g}")
+        panel.xaxis.set_major_formatter("{x:.4g}")
         panel.grid(alpha=0.3)
     sheet.axes[0].set_ylabel("prompts right, %, with 95 % bands")
     sheet.legend(*sheet.axes[0].get_legend_handles_labels(), fontsize=8, ncols=3,
