@@ -220,7 +220,7 @@ def main(argv=None):
     if settings.reconstruct:
         images = [explain.reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)]
     elif settings.stages:
-        images = [explain.picture_of_steps(chain, prompts[0], settings.seed, how)]
+        images = [explain.picture_of_steps(chain, jobs, settings.seed, how)]
     else:
         try:
             for first in tqdm(range(0, len(jobs), settings.batch_size), unit="batch"):

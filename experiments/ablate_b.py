@@ -32,7 +32,7 @@ import stage_a
 import stage_b
 from experiments import prompt_accuracy as checker
 from plumbing import cli, pictures, training
-from plumbing.checkpoint import POCKET, save_checkpoint
+from plumbing.checkpoint import POCKET, UNREADABLE, save_checkpoint
 from plumbing.cli import UsageError
 from plumbing.text import text_encoder
 from pocket import shapes, teach
@@ -65,6 +65,10 @@ def choose(settings):
         found[name] = value
     if found["cooldown"] < 0:
         found["cooldown"] = found["steps"] // 3
+    if min(found["drawings"], found["test"]) < 1:
+        raise UsageError(f"drawings={found['drawings']} test={found['test']}: expected 1 or more")
+    cli.check_config(stage_b.Config, {k: v for k, v in found.items() if k not in RECIPE},
+                     "key=value")
     return stage_b.Config(**{k: v for k, v in found.items() if k not in RECIPE}), {
         name: found[name] for name in RECIPE}
 
@@ -98,7 +102,11 @@ def load(out, kind, count):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, encoded(count, SEEDS[kind], kind == "test"))
-    return torch.load(path, mmap=True)
+    try:
+        return torch.load(path, mmap=True)
+    except UNREADABLE as error:
+        raise UsageError(f"{path}: expected encoded drawings ({str(error).splitlines()[0]}); "
+                         "delete it, and it is made again") from None
 
 
 # ---- what is measured ----------------------------------------------------------------------------

@@ -4,6 +4,8 @@
     python -m experiments.lab classes sample "red star" --weights runs/lab/classes
 """
 
+import re
+
 import torch
 import torch.nn as nn
 
@@ -16,7 +18,8 @@ WIDTH = 1 + len(shapes.COLOURS) * len(shapes.SHAPES)          # E = 49, a number
 
 def class_of(caption):
     """The class of a caption: colour and shape of its first object, 1 … 48; 0: no caption."""
-    found = [[names.index(word) for word in caption.split() if word in names]
+    words = re.findall("[a-z]+", caption.lower())
+    found = [[names.index(word) for word in words if word in names]
              for names in (list(shapes.COLOURS), list(shapes.SHAPES))]
     return 1 + found[0][0] * len(shapes.SHAPES) + found[1][0] if all(found) else 0
 

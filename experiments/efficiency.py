@@ -528,8 +528,9 @@ def main():
     parser.add_argument("--parts", default="train,sample", help="of train, sample, loader, recipe")
     parser.add_argument("--against", choices=("diffusers", "sd"))
     parser.add_argument("--batch-size", type=int, default=4, help="of Stage C's step (4)")
-    parser.add_argument("--grids", default="12,24", help="sides of Stage C's latents (12,24)")
-    parser.add_argument("--batches", default="1,4,16", help="sampled at once (1,4,16)")
+    several = dict(type=cli.number("several", int, True))
+    parser.add_argument("--grids", default="12,24", **several, help="of Stage C's latents (12,24)")
+    parser.add_argument("--batches", default="1,4,16", **several, help="sampled at once (1,4,16)")
     parser.add_argument("--image-size", type=int, help="sampled (pocket 128, else 1024)")
     parser.add_argument("--steps-c", type=int, default=60)
     parser.add_argument("--turns", type=int, default=7)
@@ -537,12 +538,14 @@ def main():
                         help="after them no further turn, grid or size begins (8)")
     parser.add_argument("--out", default="runs/efficiency", type=Path)
     settings = parser.parse_args()
-    settings.batches = [int(part) for part in settings.batches.split(",")]
     parts = settings.parts.split(",")
+    if wrong := set(parts) - {"train", "sample", "loader", "recipe"}:
+        raise cli.UsageError(f"--parts: found {', '.join(sorted(wrong))}, expected some of train, "
+                             "sample, loader, recipe")
     device = training.setup(0)
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / "efficiency.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
+    report = cli.read_json(path, {}) if path.exists() else {}
     config, preset = SIZES[settings.size]
     begin = time.time()
     settings.until = time.perf_counter() + 60 * settings.minutes
@@ -555,10 +558,10 @@ def main():
             entry["train"] = train_pocket(device, settings)
         else:
             entry["train"] = {}
-            for side in settings.grids.split(","):
+            for side in settings.grids:
                 if entry["train"] and late(settings, f"training on {side}x{side} latents"):
                     break
-                grid = (int(side), int(side))
+                grid = (side, side)
                 entry["train"][f"C {side}x{side}, batch {settings.batch_size}"] = train_stage_c(
                     config, grid, settings.batch_size, device, settings, best)
         if settings.size == "released":
@@ -573,9 +576,10 @@ def main():
     entry["minutes"] = (time.time() - begin) / 60
     given = dict(size=settings.size, parts=settings.parts, against=settings.against)
     if "train" in parts and settings.size != "pocket":
-        given.update(batch=settings.batch_size, grids=settings.grids)
+        given.update(batch=settings.batch_size, grids=",".join(map(str, settings.grids)))
     if "sample" in parts:
-        given.update(steps_c=settings.steps_c, batches=settings.batches)
+        given.update(steps_c=settings.steps_c, batches=list(settings.batches),
+                     image=settings.image_size)
     report[", ".join(f"{name} {value}" for name, value in given.items() if value)] = entry
     path.write_text(json.dumps(report, indent=1) + "\n")
     text = markdown(report)

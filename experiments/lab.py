@@ -90,7 +90,7 @@ def train(variant):
     sys.argv[1:1] = [*SMALL, "--out", f"runs/lab/{variant}/stage_c"]
     if variant == "classes":
         sys.argv[1:1] = ["--text-encoder", "classes", "--text-width", str(classes.WIDTH)]
-    if "--data" not in sys.argv:
+    if not any(one.split("=")[0] == "--data" for one in sys.argv):
         shapes.make_shapes(DRAWINGS, count=1000)
         sys.argv += ["--data", DRAWINGS]
     training.command("c", stage_c.train, stage_c.Config, stage_c.PRESETS, stage_c.__doc__,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from plumbing import cli
+from plumbing.checkpoint import UNREADABLE
 from plumbing.cli import UsageError
 from plumbing.training import EDGES
 
@@ -20,7 +21,8 @@ def read(path):
     """log.jsonl -> (steps, [its errors in each quarter of t]); an empty quarter is NaN."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        rows = [(line["step"], line["mse_by_t"]) for line in lines if "mse_by_t" in line]
+        rows = [(line["step"], line["mse_by_t"]) for line in lines
+                if "mse_by_t" in line and len(line["mse_by_t"]) == len(EDGES)]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path}: expected the log.jsonl of a training ({error!r})") from None
     if not rows:
@@ -35,8 +37,12 @@ def legends(paths):
     configs = []
     for path in paths:
         saved = Path(path).with_name("checkpoint.pt")
-        configs.append(torch.load(saved, weights_only=True, mmap=True)["config"]
-                       if saved.exists() else {})
+        try:
+            configs.append(torch.load(saved, weights_only=True, mmap=True)["config"]
+                           if saved.exists() else {})
+        except UNREADABLE as error:
+            raise UsageError(f"{saved}: expected the checkpoint of that training "
+                             f"({str(error).splitlines()[0]})") from None
     names = dict.fromkeys(name for config in configs for name in config)
     differ = [name for name in names if len({str(one.get(name)) for one in configs}) > 1]
     texts = [", ".join(f"{name} {one[name]}" for name in differ if name in one) for one in configs]
@@ -65,7 +71,10 @@ def plot(paths, out=None):
     figure.axes[0].set_ylabel("error of eps_hat")
     figure.legend(texts, loc="outside lower center")
     if out:
-        figure.savefig(out, dpi=100)
+        try:
+            figure.savefig(out, dpi=100)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--out {out}: {error}") from None
     return figure
 
 

@@ -18,6 +18,8 @@ except ImportError:
 
 class Predictor:
     def setup(self, weights: str = "pocket", dtype: str = "float32"):
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise cli.UsageError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
         self.device, self.dtype = training.setup(0).type, getattr(torch, dtype)
         self.chain = sample.load_chain(**sample.find(weights or "pocket"), device=self.device)
         for net in (self.chain.b, self.chain.c):             # those that divide stay float32
@@ -28,6 +30,8 @@ class Predictor:
     def predict(self, prompt: str, negative: str = "", seed: int = 0, width: int = 0,
                 height: int = 0, steps_c: int = 60, guidance_c: float = 4.0, steps_b: int = 12,
                 guidance_b: float = None, n: int = 1) -> list[Path]:
+        if bool(width) != bool(height):
+            raise cli.UsageError(f"--width {width} --height {height}: expected both or neither")
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             images = self.chain.draw([prompt] * n, range(seed, seed + n), (width, height) if width
                                      else None, steps_c, guidance_c, negative, steps_b, guidance_b)

@@ -29,6 +29,10 @@ def main():
     chain = sample.load_chain(**sample.find(settings.weights, "ab"))
     size = chain.b.config.image_size
     dataset = data.CaptionedImages(settings.data, resize=size, crop=size, center=True)
+    if settings.n > len(dataset):
+        raise cli.UsageError(f"--n {settings.n}: {settings.data} holds {len(dataset)} images")
+    if chain.compressor is None:
+        raise cli.UsageError(f"{settings.weights}: found no Semantic Compressor, expected one")
     batch = next(data.stream(dataset, settings.n))
     images, captions = batch["images"], batch["captions"]
     sem = chain.compressor.standardise(chain.compressor(semantic_compressor.resize(images)))

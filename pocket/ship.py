@@ -42,7 +42,8 @@ def provenance(state):
     if "provenance" in state:                                             # shipped before
         return state["provenance"]
     return dict(command=state["command"], before=state["before"],
-                steps=state["step"], samples=state["samples"], data="pocket/shapes.py, seed 0",
+                steps=state["step"], samples=state["samples"],
+                data="of the command, else pocket/shapes.py, seed 0",
                 seed=state["config"]["seed"], date=date.today().isoformat(),
                 machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, "
                         f"torch {torch.__version__.partition('+')[0]}")

@@ -78,7 +78,7 @@ def completed(weights, needed, given):
             return given
         if not cached("a", "b", "clip-h"):
             raise UsageError(f"{c}: trained on the published compressor; `--stage-a released "
-                             "--stage-b released` downloads the A and B that fit (8.3 GB)")
+                             "--stage-b released` downloads the A and B that fit (5.8 GB)")
         whole["c"] = c
     if "b" in given:                                      # a compressor is that of its Stage B
         del whole["compressor"]

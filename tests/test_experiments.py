@@ -1,6 +1,7 @@
 """The code of the experiments."""
 
 import dataclasses
+import importlib
 import json
 
 import numpy as np
@@ -340,7 +341,7 @@ def test_classes_in_place_of_captions(chain, drawings, tmp_path, monkeypatch, ca
     for module in (text, stage_c):                     # `use` replaces these two: put them back
         monkeypatch.setattr(module, "text_encoder", module.text_encoder)
     classes.use()
-    captions = ["a large red star above a blue circle", "red star", "a blue circle", ""]
+    captions = ["a large red star above a blue circle", "Red star.", "a blue circle", ""]
     found = classes.Classes()(captions)
     assert found.shape == (4, 1, classes.WIDTH) and (found.sum(-1) == 1).all()
     same = [torch.equal(found[0], one) for one in found]
@@ -376,6 +377,51 @@ def test_plot(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\n')
     with pytest.raises(UsageError, match="log of Stage B or C"):
         plot.read(tmp_path / "log.jsonl")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "mse_by_t": 2}\n')
+    with pytest.raises(UsageError, match="expected the log.jsonl of a training"):
+        plot.read(tmp_path / "log.jsonl")
+    with pytest.raises(UsageError, match="--out .*xyz"):
+        plot.plot(paths, tmp_path / "curves.xyz")
+    paths[0].with_name("checkpoint.pt").write_text("junk")
+    with pytest.raises(UsageError, match="0.1/stage_c/checkpoint.pt: expected the checkpoint"):
+        plot.plot(paths)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ("efficiency --parts recipes", "--parts: found recipes"),
+    ("efficiency --parts recipe --out TMP", "efficiency.json: found no JSON"),
+    ("start --weights pocket --data TMP --n 9", "--n 9: .* holds 1 images"),
+    ("ablate_b train x test=0 out=TMP", "test=0: expected 1 or more"),
+    ("ablate_b train x batch_size=0 out=TMP", "key=value: found batch_size 0"),
+    ("ablate_b file pocket/stage_b.safetensors test=8 out=TMP", "test-8.pt: expected encoded"),
+    ("predict --prompt x --dtype int8", "--dtype int8: expected float32"),
+    ("predict --prompt x --height 128", "--height 128: expected both")])
+def test_experiments_refuse(arguments, said, tmp_path, monkeypatch):
+    """What an experiment cannot read or would ignore is one sentence."""
+    for name in ("efficiency.json", "test-8.pt"):
+        (tmp_path / name).write_text('{"a": ')
+    Image.new("RGB", (128, 128)).save(tmp_path / "x.png")
+    (tmp_path / "x.txt").write_text("a caption")
+    name, *rest = arguments.replace("TMP", str(tmp_path)).split()
+    monkeypatch.setattr("sys.argv", [name, *rest])
+    with pytest.raises(UsageError, match=said):
+        importlib.import_module(f"experiments.{name}").main()
+
+
+def test_interpolation_of_small_weights(tmp_path):
+    """float16 weights and a checkpoint of them mix; networks of other heads do not."""
+    from tools.interpolate import interpolate
+    state = checkpoint.load_checkpoint("pocket/stage_c.safetensors", "C")
+    heads = dict(state["config"], heads=2)
+    for name, config in ("same", state["config"]), ("heads", heads):
+        checkpoint.save_checkpoint(tmp_path / f"{name}.pt", dict(
+            state, config=config, ema=checkpoint.copied(state["ema"])))
+    interpolate("pocket/stage_c.safetensors", tmp_path / "same.pt", tmp_path / "out")
+    found = checkpoint.load_checkpoint(tmp_path / "out/checkpoint.pt", "C")["ema"]
+    for name, value in state["ema"].items():
+        torch.testing.assert_close(found[name], value.float())
+    with pytest.raises(UsageError, match="no model"):
+        interpolate(tmp_path / "heads.pt", tmp_path / "same.pt", tmp_path / "other")
 
 
 def test_lab_changes_what_it_names(monkeypatch):

@@ -162,6 +162,10 @@ def test_sample_refuses(chain, tmp_path):
     with pytest.raises(UsageError, match="another compressor"):
         sample.load_chain(chain / "stage_a/checkpoint.pt", chain / "stage_b/checkpoint.pt",
                           tmp_path / "c.pt")
+    for said, more in ("--stages: found 6 pictures", ["x", "y", "--n", "3", "--stages"]), (
+            "--reconstruct: found --stages", ["--reconstruct", "figures/stage_c.png", "--stages"]):
+        with pytest.raises(UsageError, match=said):
+            sample.main([*more, "--weights", str(chain), "--out", str(tmp_path / "x.png")])
 
 
 def test_small_weights(chain, tmp_path):

@@ -21,7 +21,9 @@ def interpolate(first, second, out, share=0.5):
         if one.get(name) != two.get(name):
             raise cli.UsageError(f"{first} and {second} were trained with different values of "
                                  f"{name}: between them lies no model")
-    shapes = [{name: value.shape for name, value in state["ema"].items()} for state in (one, two)]
+    first_ema, second_ema = (checkpoint.copied(state["ema"]) for state in (one, two))
+    shapes = [(state["config"].get("heads"), {name: value.shape for name, value in ema.items()})
+              for state, ema in ((one, first_ema), (two, second_ema))]
     if shapes[0] != shapes[1]:
         raise cli.UsageError(f"{first} and {second} hold networks of different sizes: between them "
                              "lies no model")
@@ -30,9 +32,10 @@ def interpolate(first, second, out, share=0.5):
         raise cli.UsageError(f"{path} is there already and would be lost; give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save_checkpoint(path, dict(
-        stage="C", config=two["config"], step=two["step"], samples=0,
-        ema={name: value.lerp(two["ema"][name], share) for name, value in one["ema"].items()},
-        **{name: two[name] for name in ("compressor", "text_encoder") if name in two}))
+        stage="C", config=two["config"], step=two.get("step", 0), samples=0,
+        ema={name: value.lerp(second_ema[name], share) for name, value in first_ema.items()},
+        **{name: two[name] for name in ("compressor", "text_encoder", "published")
+           if name in two}))
     print(f"{path}: {1 - share:g} of {first} and {share:g} of {second}")
 
 
