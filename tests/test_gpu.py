@@ -16,7 +16,7 @@ import semantic_compressor
 import stage_a
 import stage_b
 import stage_c
-from experiments import fit
+from experiments import fakegpu, fit
 from plumbing import training
 from plumbing.cli import UsageError
 from test_shapes import TINY_A, TINY_B, TINY_C
@@ -25,66 +25,67 @@ from tests.common import HERE
 HALF = partial(torch.autocast, "cpu", torch.bfloat16)
 CONFIGS = {"a": TINY_A, "b": replace(TINY_B, remember=False), "c": replace(TINY_C, remember=False)}
 
-# Each try below runs in a process of its own, a fork of one that has imported all, and says what it
-# found: fake CUDA may end it badly. `name: body of a function`.
-STEP = """
-with fakegpu.pretend() as gpu:
-    return fit.step("{name}", "pocket", test_gpu.CONFIGS["{name}"], gpu)
-"""
-FAULT = """
-with fakegpu.pretend() as gpu:
-    x, w = torch.ones(4, 4, device="cuda"), torch.ones(4, 4)
-    {fault}
-    w.pin_memory().to("cuda", non_blocking=True)
-    return sum(gpu.waits.values())
-"""
-FAULTS = {"device": "x @ w", "float64": "x.double()", "dtype": "x.bfloat16() @ x",
-          "wait": "float(x.sum())", "wait for a copy": "w.to('cuda')", "none": "x @ x"}
-TRIES = {
-    **{name: STEP.replace("{name}", name) for name in "abc"},
-    **{name: FAULT.replace("{fault}", fault) for name, fault in FAULTS.items()},
-    "samplers": """
-with fakegpu.pretend() as gpu, fit.stand_ins("pocket"), torch.no_grad():
-    device = training.setup(0)
-    decoder = fit.stage_b.load_decoder(device=device)
-    model = fit.stage_c.StageC(fit.stage_c.PRESETS["pocket"]).to(device).eval()
-    with training.autocast(device):
-        text, null = decoder.text_b(["a red star"] * 2), decoder.text_b([""])
-        latents = fit.stage_c.ddpm_sample(model, (2, 16, 3, 3), text, null)
-        images = fit.stage_b.draw_images(decoder, latents, ["a red star"] * 2, [0, 1])
-    return [str(latents.dtype), str(latents.device), str(images.device), *images.shape]
-""",
-    "counts": """
-def forward():
-    x = torch.ones(256, 1024, device="cuda")
-    y = layer(x).sum()
-    counted.extend([gpu.now - weights, sum(gpu.flops.values())])
-    y.backward()
-with fakegpu.pretend() as gpu:
-    layer = torch.nn.Linear(1024, 512, bias=False).to("cuda")
-    conv = torch.nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False).to("cuda")
-    weights = gpu.now
-    counted = [weights]
-    forward()
-    counted.append(gpu.now - weights)                         # its gradient
-    gpu.flops.clear()
-    conv(torch.ones(2, 64, 8, 8, device="cuda", requires_grad=True)).sum().backward()
-    return [*counted, sum(gpu.flops.values())]
-"""}
+# ---- tries, each in a process of its own, as fake CUDA may end it badly --------------------------
+
+def step(name):
+    with fakegpu.pretend() as gpu:
+        return fit.step(name, "pocket", CONFIGS[name], gpu)
+
+
+FAULTS = {"device": lambda x, w: x @ w, "float64": lambda x, w: x.double(),
+          "dtype": lambda x, w: x.bfloat16() @ x, "wait": lambda x, w: float(x.sum()),
+          "wait for a copy": lambda x, w: w.to("cuda"), "none": lambda x, w: x @ x}
+
+
+def fault(name):
+    with fakegpu.pretend() as gpu:
+        x, w = torch.ones(4, 4, device="cuda"), torch.ones(4, 4)
+        FAULTS[name](x, w)
+        w.pin_memory().to("cuda", non_blocking=True)
+        return sum(gpu.waits.values())
+
+
+def samplers():
+    with fakegpu.pretend(), fit.stand_ins("pocket"), torch.no_grad():
+        device = training.setup(0)
+        decoder = stage_b.load_decoder(device=device)
+        model = stage_c.StageC(stage_c.PRESETS["pocket"]).to(device).eval()
+        with training.autocast(device):
+            text, null = decoder.text_b(["a red star"] * 2), decoder.text_b([""])
+            latents = stage_c.ddpm_sample(model, (2, 16, 3, 3), text, null)
+            images = stage_b.draw_images(decoder, latents, ["a red star"] * 2, [0, 1])
+        return [str(latents.dtype), str(latents.device), str(images.device), *images.shape]
+
+
+def counts():
+    def forward():
+        x = torch.ones(256, 1024, device="cuda")
+        y = layer(x).sum()
+        counted.extend([gpu.now - weights, sum(gpu.flops.values())])
+        y.backward()
+    with fakegpu.pretend() as gpu:
+        layer = torch.nn.Linear(1024, 512, bias=False).to("cuda")
+        conv = torch.nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False).to("cuda")
+        weights = gpu.now
+        counted = [weights]
+        forward()
+        counted.append(gpu.now - weights)                         # its gradient
+        gpu.flops.clear()
+        conv(torch.ones(2, 64, 8, 8, device="cuda", requires_grad=True)).sum().backward()
+        return [*counted, sum(gpu.flops.values())]
+
+
+TRIES = {**{name: partial(step, name) for name in "abc"},
+         **{name: partial(fault, name) for name in FAULTS},
+         "samplers": samplers, "counts": counts}
 FORKS = """
 import json, os, sys
-import torch
-from experiments import fakegpu, fit
-from plumbing import training
 from tests import test_gpu
-for name, body in test_gpu.TRIES.items():
+for name, one in test_gpu.TRIES.items():
     sys.stdout.flush()
-    if not os.fork():
+    if not os.fork():                                    # of a process that has imported all
         try:
-            scope = globals().copy()
-            # the text of a function's body: it returns what it found
-            exec("def one():\\n    " + body.strip().replace("\\n", "\\n    "), scope)
-            found = scope["one"]()
+            found = one()
         except Exception as error:
             found = f"{type(error).__name__}: {error}"
         print("RESULT", json.dumps([name, found]), flush=True)
