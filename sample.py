@@ -206,7 +206,7 @@ def main(argv=None):
     folder = check_out(settings.out)
     if settings.reconstruct or settings.stages:
         from tools import explain
-
+        explain.check(prompts, settings)
     device = training.setup(settings.seed, settings.device)
     paths = find(settings.weights, "ab" if settings.reconstruct else "abc", a=settings.stage_a,
                  b=settings.stage_b, c=settings.stage_c, compressor=settings.compressor)
@@ -220,7 +220,7 @@ def main(argv=None):
     if settings.reconstruct:
         images = [explain.reconstruct(chain, settings.reconstruct, (prompts + [""])[0], settings)]
     elif settings.stages:
-        images = [explain.picture_of_steps(chain, jobs, settings.seed, how)]
+        images = [explain.picture_of_steps(chain, prompts[0], settings.seed, how)]
     else:
         try:
             for first in tqdm(range(0, len(jobs), settings.batch_size), unit="batch"):

@@ -67,10 +67,9 @@ def choose(settings):
         found["cooldown"] = found["steps"] // 3
     if min(found["drawings"], found["test"]) < 1:
         raise UsageError(f"drawings={found['drawings']} test={found['test']}: expected 1 or more")
-    cli.check_config(stage_b.Config, {k: v for k, v in found.items() if k not in RECIPE},
-                     "key=value")
-    return stage_b.Config(**{k: v for k, v in found.items() if k not in RECIPE}), {
-        name: found[name] for name in RECIPE}
+    config = {name: value for name, value in found.items() if name not in RECIPE}
+    cli.check_config(stage_b.Config, config, "key=value")
+    return stage_b.Config(**config), {name: found[name] for name in RECIPE}
 
 
 # ---- drawings, encoded once ----------------------------------------------------------------------

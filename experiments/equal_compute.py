@@ -219,8 +219,9 @@ def curve(settings):
         path.parent.mkdir(parents=True, exist_ok=True)
     kept = settings.results.read_text().splitlines() if settings.results.exists() else []
     rows = [cli.read_json(settings.results, FIELDS, line) for line in kept]
+    # rows of the baseline name no weights
     known = {(row["run"], row["steps"], row["n"], row.get("prompts", 1)) for row in rows
-             if row.get("weights", settings.weights) == settings.weights}       # LDM: A alone
+             if row.get("weights", settings.weights) == settings.weights}
     if lacking := [str(run) for run in settings.runs if not [*run.glob("[0-9]" * 6)]]:
         raise UsageError(f"{lacking[0]}: expected the --out of `equal_compute train`")
     for folder in sorted(one for run in settings.runs for one in run.glob("[0-9]" * 6)):

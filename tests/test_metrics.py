@@ -85,14 +85,18 @@ def distances(text):
     return {row[0].split("/")[-1]: float(row[2]) for row in rows}
 
 
-def test_pocket_features(folders, capsys):
-    """Offline: noise is farther from drawings than other drawings are; few pictures: a warning."""
+def test_pocket_features(folders, tmp_path, capsys):
+    """Offline: noise is farther from drawings than other drawings are; few pictures: a warning; a
+    damaged one is named."""
     metrics.main(folders)
     text = capsys.readouterr().out
     found = distances(text)
     assert found["noise"] > 2 * found["other"] > 0, text
     assert "floor, two halves" in text and "n = 12" in text and "warning" in text, text
     assert "FID" not in text, "the distance of other features is called FID"
+    (tmp_path / "noise/00003.png").write_bytes(b"<html>")
+    with pytest.raises(UsageError, match="noise/00003.png: cannot be decoded"):
+        metrics.main(folders)
 
 
 def test_offline_says_which_file_goes_where(folders, tmp_path, monkeypatch):
@@ -107,9 +111,6 @@ def test_offline_says_which_file_goes_where(folders, tmp_path, monkeypatch):
         metrics.main([*folders, "--features", "inception"])
     with pytest.raises(UsageError, match="found 0 pictures"):
         metrics.main([str(tmp_path / "nowhere")])
-    (tmp_path / "noise/00003.png").write_bytes(b"<html>")
-    with pytest.raises(UsageError, match="noise/00003.png: cannot be decoded"):
-        metrics.main(folders)
 
 
 @pytest.mark.slow

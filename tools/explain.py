@@ -15,16 +15,18 @@ from plumbing import pictures
 from plumbing.cli import UsageError
 
 
+def check(prompts, settings):
+    """Raises UsageError for what a sheet would leave out, before anything is loaded."""
+    if len(prompts) > 1 or settings.n > 1 or settings.stages and settings.reconstruct:
+        raise UsageError(f"--stages and --reconstruct: found {len(prompts)} prompts, --n "
+                         f"{settings.n}; expected one of the two, one prompt and no --n")
+
+
 @torch.no_grad()
-def picture_of_steps(chain, prompts, seed, how):
-    """A sheet: C's latent after 1 step, 1/4 … of all (three channels); B's, decoded by A. Raises
-    UsageError if there are several prompts.
-    """
-    if len(prompts) > 1:
-        raise UsageError(f"--stages: found {len(prompts)} pictures to draw, expected one prompt "
-                         "and no --n")
+def picture_of_steps(chain, prompt, seed, how):
+    """A sheet: C's latent after 1 step, 1/4 … of all (three channels); B's, decoded by A."""
     history_c, history_b = [], []
-    image, = chain.draw(prompts, [seed], **how, history_c=history_c, history_b=history_b)
+    image, = chain.draw([prompt], [seed], **how, history_c=history_c, history_b=history_b)
     way_c, way_b = ([way[round(quarter * (len(way) - 1) / 4)] for quarter in range(5)]
                     for way in (history_c, history_b))
     shown = [torch.nn.functional.interpolate(pictures.latent_picture(x), image.size[::-1])[0]
@@ -50,9 +52,6 @@ def reconstruct(chain, paths, prompt, settings):
     """Images through A alone, through compressor, B and A, and as the smallest JPEG: a sheet with a
     row for each, with bytes (latents as float16) and PSNR in dB. B's guidance is 1 unless given.
     """
-    if settings.stages or settings.n > 1 or settings.prompts or len(settings.prompt) > 1:
-        raise UsageError("--reconstruct: found --stages, --n, --prompts or several prompts; "
-                         "expected images, and at most one prompt for Stage B")
     if chain.compressor is None:
         raise UsageError("--reconstruct needs the Semantic Compressor, and these weights have "
                          "none; name one by --compressor")
